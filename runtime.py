@@ -1,0 +1,335 @@
+"""What the training scripts need and neither is about: the command line, the device, runs and checkpoints, logs, signals."""
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+HERE = Path(__file__).parent
+
+# ---- errors ----
+
+
+@contextlib.contextmanager
+def user_errors():
+    """A user's mistake (ValueError, OSError) ends the program with one sentence and exit status 2, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, SafetensorError) as error:
+        if os.environ.get("SA_TRACEBACK"):  # for whoever hunts a bug of ours
+            raise
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---- the command line ----
+
+
+def common_arguments(parser: argparse.ArgumentParser, **own_defaults) -> None:
+    """The flags of both training scripts, in the same words. Each is declared here once, with its unit, its source, and two
+    defaults: the paper's (DESIGN.md's fidelity table; arXiv 2509.05489 and its public code) and the embedded model's.
+
+    own_defaults: {flag name: (paper's, tiny's)} where a script's algorithm has another default."""
+    pairs: dict[str, tuple] = {}
+
+    def add(group, flag: str, paper, tiny, text: str, **options) -> None:
+        name = flag[2:].replace("-", "_")
+        pairs[name] = own_defaults.get(name, (paper, tiny))
+        shown = pairs[name][0] if pairs[name][0] == pairs[name][1] else f"{pairs[name][0]}; tiny: {pairs[name][1]}"
+        group.add_argument(flag, help=f"{text} (default: {shown})", **options)
+
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--model", default="tiny", help="a model folder, or a name: tiny (embedded), qwen-0.5b, qwen-1.5b, "
+                       "qwen3-1.7b, qwen3-4b, phi-3.5-mini, gemma3-1b, smollm2-135m, or owner/name on the hub (default: tiny)")
+    add(group, "--data", "gsm8k,math,numina", "tiny", "problems: names or JSONL files with question and answer, separated by commas")
+    add(group, "--max-prompt-tokens", 1024, 128, "longer prompts are skipped and counted; tokens", type=int)
+    add(group, "--max-new-tokens", 4096, 256, "longest answer, stop token included; also the constant that the loss is divided "
+        "by; tokens", type=int)
+
+    group = parser.add_argument_group("reward")
+    add(group, "--reward", "sar", "sar", "sar: R_VR + alpha R_SA; vr: R_VR alone, the plain algorithm", choices=("sar", "vr"))
+    add(group, "--alpha", 0.2, 0.2, "weight of R_SA, no unit (paper: 0.2, swept 0.05 to 0.3)", type=float)
+    add(group, "--alone", "empty", "empty", "the context of ppl(a): the prompt's frame with an empty question, or the bare "
+        "beginning-of-text token", choices=("empty", "bare"))
+    add(group, "--verifier", "policy", "policy", "what counts as the answer: verify.py's policy, or the last number in the text "
+        "(the paper's rule)", choices=("policy", "last-number"))
+
+    group = parser.add_argument_group("algorithm")
+    add(group, "--steps", 500, 150, "rollout batches to train on", type=int)
+    add(group, "--prompts-per-step", 128, 16, "questions in a rollout batch", type=int)
+    add(group, "--n", 6, 8, "answers sampled for each question", type=int)
+    add(group, "--minibatch", 64, 8, "questions in an optimizer step", type=int)
+    add(group, "--epochs", 1, 1, "passes over a rollout batch", type=int)
+    add(group, "--lr", 1e-6, 5e-5, "AdamW's learning rate, constant", type=float)
+    add(group, "--kl-coef", 0.001, 0.001, "weight of the KL to the frozen start, in the loss (k3)", type=float)
+    add(group, "--temperature", 1.0, 1.0, "of sampling; log-probs are those at temperature 1", type=float)
+    add(group, "--seed", 0, 0, "of the order of questions and of every sample", type=int)
+
+    group = parser.add_argument_group("run and machine")
+    group.add_argument("--run", help="the run's folder is runs/RUN (default: made of model, reward and time)")
+    group.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of --run")
+    add(group, "--save-every", 50, 50, "a checkpoint every so many steps, and one at the end", type=int)
+    add(group, "--eval-every", 0, 50, "greedy accuracy on held-out problems every so many steps, before the first and after the "
+        "last; 0: never", type=int)
+    add(group, "--micro-tokens", 16384, 8192, "tokens in one forward and backward, padding included; bounds memory and changes "
+        "nothing else", type=int)
+    group.add_argument("--slots", type=int, help="answers that decode at once (default: what the free memory holds)")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU if there is one)")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matmuls; weights and optimizer are float32 "
+                       "(default: bfloat16 on a GPU, float32 on a CPU)")
+    parser.set_defaults(_pairs=pairs)
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse, fill in the defaults that belong to the model, and check. On --resume the run's saved settings are the defaults;
+    a flag that would change what is computed is refused. Raises ValueError in one sentence."""
+    args = parser.parse_args(argv)
+    if args.resume:
+        if not args.run:
+            raise ValueError(f"--resume needs --run NAME; the newest is {newest_run() or 'not there: runs/ is empty'}")
+        saved = read_json(HERE / "runs" / args.run / "config.json")["settings"]
+        parser.set_defaults(**saved)
+        args = parser.parse_args(argv)
+        free = {"steps", "save_every", "eval_every", "slots", "resume", "run", "device", "micro_tokens", "_pairs"}
+        changed = [f"--{k.replace('_', '-')} was {saved[k]}, now {v}" for k, v in vars(args).items()
+                   if k not in free and k in saved and saved[k] != v]
+        if changed:
+            raise ValueError(f"--resume would change the run {args.run}: {'; '.join(changed)}; leave the flag out or start another --run")
+    for name, (paper, tiny) in args._pairs.items():
+        if getattr(args, name) is None:
+            setattr(args, name, tiny if args.model == "tiny" else paper)
+    del args._pairs
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: PyTorch sees no GPU here")
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    positive = ("steps", "prompts_per_step", "n", "minibatch", "epochs", "lr", "max_prompt_tokens", "max_new_tokens",
+                "temperature", "save_every", "micro_tokens")
+    for name in positive:
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    if args.kl_coef < 0 or args.eval_every < 0:
+        raise ValueError(f"--kl-coef and --eval-every must not be negative, got {args.kl_coef} and {args.eval_every}")
+    if args.minibatch > args.prompts_per_step:
+        raise ValueError(f"--minibatch {args.minibatch} is larger than --prompts-per-step {args.prompts_per_step}: both count questions")
+    if args.prompts_per_step % args.minibatch:
+        raise ValueError(f"--prompts-per-step {args.prompts_per_step} is no multiple of --minibatch {args.minibatch}")
+    if args.alpha < 0:
+        print(f"note: --alpha {args.alpha} is negative: answers are rewarded for what their question does not explain", file=sys.stderr)
+    return args
+
+
+# ---- the machine ----
+
+
+def prepare_machine() -> None:
+    """Keep freed memory instead of returning it to the system: on a CPU, page faults otherwise cost up to a third of a
+    training step (glibc only; the settings are MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_)."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(option, value)
+
+
+def autocast(args):
+    """float32 weights with bfloat16 matmuls where --dtype asks for it."""
+    device = args.device.split(":")[0]
+    return torch.autocast(device, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
+
+
+def peak_memory_gb(device: str) -> float:
+    """Highest memory so far in GB: of the GPU where there is one, else of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def warn_if_slow(args, parameters: int) -> None:
+    """Say before a large model starts on a CPU what a step will take: memory from the parameter count, time from the matmul
+    rate measured here and the largest number of tokens a step can have."""
+    if args.device != "cpu" or parameters < 50e6:
+        return
+    a = torch.randn(1024, 1024)
+    a @ a
+    began = time.perf_counter()
+    for _ in range(4):
+        a @ a
+    rate = 4 * 2 * 1024**3 / (time.perf_counter() - began)
+    tokens = args.prompts_per_step * args.n * args.max_new_tokens
+    # 2 flops per parameter and token: sampling, three scorings (policy, without the question, start), and 3 for the update
+    hours = 14 * parameters * tokens / rate / 3600
+    memory = parameters * 4 * 5 / 1e9  # float32: weights, gradients, two moments, the frozen start
+    print(f"note: {parameters / 1e9:.2f}B parameters on a CPU ({rate / 1e9:.0f} GFLOP/s): about {memory:.0f} GB of memory and up to "
+          f"{hours:.1f} hours per step of {tokens:,} tokens; smaller --prompts-per-step, --n or --max-new-tokens make it shorter",
+          file=sys.stderr)
+
+
+# ---- runs, logs, checkpoints ----
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there: no such run") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def newest_run() -> str | None:
+    runs = sorted((HERE / "runs").glob("*/config.json"), key=lambda p: p.stat().st_mtime)
+    return runs[-1].parent.name if runs else None
+
+
+def git_commit() -> str:
+    answer = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    return answer.stdout.strip() or "unknown"
+
+
+class Run:
+    """runs/NAME: config.json, metrics.jsonl (a line a step), completions.jsonl (a line an answer), evals.jsonl, step_000100/.
+
+    A checkpoint is whole or not there: it is written beside its place and renamed. It also holds the lengths of the logs, so
+    that a resumed run drops what was logged after it and writes the same lines again. `self.step` is the number of steps done.
+    """
+    LOGS = ("metrics.jsonl", "completions.jsonl", "evals.jsonl")
+
+    def __init__(self, args: argparse.Namespace, algorithm: str, checkpoint_bytes: int):
+        args.run = args.run or f"{algorithm}-{Path(args.model).name}-{args.reward}-{time.strftime('%m%d-%H%M%S')}"
+        self.args, self.folder, self.step = args, HERE / "runs" / args.run, 0
+        self.checkpoint: Path | None = None  # the newest whole one
+        self.stop_signal: int | None = None
+        if args.resume:
+            self.checkpoint = self.newest_checkpoint()
+            if self.checkpoint is None:
+                raise ValueError(f"{self.folder} has no whole checkpoint to resume from: start again under another --run")
+            for stale in self.folder.glob("*.tmp"):  # a kill during a checkpoint's writing leaves one
+                shutil.rmtree(stale)
+            state = read_json(self.checkpoint / "state.json")
+            self.step = state["step"]
+            for name, size in state["log_bytes"].items():
+                os.truncate(self.folder / name, size)
+        elif (self.folder / "config.json").exists():
+            raise ValueError(f"{self.folder} already holds a run: go on with it by --resume, or choose another --run")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / ".probe").write_bytes(b"x")
+            (self.folder / ".probe").unlink()
+        except OSError as error:
+            raise ValueError(f"cannot write into {self.folder}: {error.strerror}") from None
+        free = shutil.disk_usage(self.folder).free
+        if free < checkpoint_bytes:
+            raise ValueError(f"{self.folder} has {free / 1e9:.2f} GB free, but a checkpoint takes {checkpoint_bytes / 1e9:.2f} GB: "
+                             "free some space, or let runs/ be a link to a larger disk")
+        self.logs = {name: open(self.folder / name, "a", encoding="utf-8") for name in self.LOGS}
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
+                    "threads": torch.get_num_threads()}
+        if args.device.startswith("cuda"):
+            versions["gpu"] = torch.cuda.get_device_name(args.device)
+        config = {"algorithm": algorithm, "settings": vars(args) | {"resume": False}, "git_commit": git_commit(), "versions": versions}
+        write_atomically(self.folder / "config.json", json.dumps(config, indent=2))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame) -> None:
+        if self.stop_signal is not None:  # asked twice: now
+            raise SystemExit(128 + number)
+        self.stop_signal = number
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving (again to stop at once)", file=sys.stderr)
+
+    def log(self, name: str, record: dict) -> None:
+        """Append one line to a log; a NaN is written as null, which any JSON reader takes."""
+        clean = {k: None if isinstance(v, float) and v != v else v for k, v in record.items()}
+        self.logs[name].write(json.dumps(clean, ensure_ascii=False) + "\n")
+        self.logs[name].flush()
+
+    def newest_checkpoint(self) -> Path | None:
+        whole = sorted(p for p in self.folder.glob("step_*") if p.suffix != ".tmp" and (p / "state.json").exists()
+                       and (p / "optimizer.safetensors").exists())
+        return whole[-1] if whole else None
+
+    def save(self, step: int, model, tokenizer, optimizer) -> Path:
+        """Write step_XXXXXX/: a model folder that loads anywhere, plus optimizer.safetensors and state.json for resume. Only
+        the newest checkpoint keeps its optimizer state."""
+        place = self.folder / f"step_{step:06d}"
+        scratch = place.with_suffix(".tmp")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        model.save_pretrained(scratch)
+        tokenizer.copy_to(scratch)
+        save_file(optimizer_tensors(model, optimizer), scratch / "optimizer.safetensors")
+        for log in self.logs.values():
+            log.flush()
+            os.fsync(log.fileno())
+        state = {"step": step, "log_bytes": {name: (self.folder / name).stat().st_size for name in self.LOGS}}
+        (scratch / "state.json").write_text(json.dumps(state))
+        for file in scratch.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(place, ignore_errors=True)  # of an earlier life of this run, past the point it resumed from
+        scratch.rename(place)
+        for older in self.folder.glob("step_*/optimizer.safetensors"):
+            if older.parent != place:
+                older.unlink()
+        return place
+
+    def resume_command(self, script: str) -> str:
+        return f"python {script} --run {self.args.run} --resume"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    scratch = path.with_suffix(path.suffix + ".new")
+    scratch.write_text(text)
+    scratch.rename(path)
+
+
+def optimizer_tensors(model, optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's state as named tensors, e.g. model.norm.weight.exp_avg; empty before the first step."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {f"{names[p]}.{key}": value.detach().cpu().contiguous() for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+def load_optimizer(path: Path, model, optimizer) -> None:
+    """Put what `optimizer_tensors` saved back, bit for bit."""
+    parameters = dict(model.named_parameters())
+    for name, value in load_file(path).items():
+        parameter, key = name.rsplit(".", 1)
+        p = parameters[parameter]
+        optimizer.state[p][key] = value if key == "step" else value.to(p.device)
+
+
+def batch_of(problems: list, step: int, count: int, seed: int) -> list[int]:
+    """Indices of step's questions: the step-th slice of an endless row of shuffled passes over the data. Depends on nothing
+    but its arguments, so a resumed run needs no memory of where it was."""
+    indices = []
+    for k in range(step * count, (step + 1) * count):
+        epoch, place = divmod(k, len(problems))
+        indices.append(shuffled(len(problems), f"{seed} {epoch}")[place])
+    return indices
+
+
+_shuffles: dict = {}
+
+
+def shuffled(size: int, key: str) -> list[int]:
+    import random
+    if (size, key) not in _shuffles:
+        _shuffles.clear()  # one pass is in use at a time, two at its end
+        order = list(range(size))
+        random.Random(key).shuffle(order)
+        _shuffles[size, key] = order
+    return _shuffles[size, key]

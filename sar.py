@@ -1,0 +1,196 @@
+"""Self-aligned reward: fused log-probs, perplexities, and the reward made of them.
+
+    R    = R_VR + alpha * R_SA
+    R_SA = clip((ppl(a) - ppl(a|q)) / ppl(a), -1, 1)                    (arXiv 2509.05489, ICLR 2026)
+
+An answer that its question makes likelier than it is on its own scores high. Text that any answer could hold (filler,
+repetition, re-checking) is about as likely with the question as without it and pulls R_SA towards zero; so does an answer
+that the question does not lead to. With v(a_j) = log P(a_j | q, a_<j) - log P(a_j | a_<j), R_SA = 1 - exp(-mean_j v(a_j)).
+"""
+import torch
+from torch import Tensor
+
+# ---- log-probs without logits ----
+
+
+class FusedLogprob(torch.autograd.Function):
+    """See `fused_logprob`. Walks over tiles of the logits (rows x vocabulary), each of which is made, used and overwritten."""
+
+    @staticmethod
+    def forward(ctx, hidden, unembedding, targets, temperature, rows, columns):
+        N, V = len(hidden), len(unembedding)
+        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        stats = dict(dtype=exact, device=hidden.device)
+        peak = torch.full((N,), -torch.inf, **stats)  # running maximum of the scaled logits l
+        mass = torch.zeros(N, **stats)  # sum of exp(l - peak)
+        tilt = torch.zeros(N, **stats)  # sum of exp(l - peak) * (l - peak)
+        chosen = torch.zeros(N, **stats)  # l of the target
+        for first in range(0, V, columns):
+            W = unembedding[first:first + columns]
+            for top in range(0, N, rows):
+                part = slice(top, top + rows)
+                l = scaled_logits(hidden[part], W, temperature)  # (rows, columns)
+                here = targets[part] - first
+                inside = (here >= 0) & (here < len(W))
+                picked = l.gather(1, here.clamp(0, len(W) - 1)[:, None])[:, 0]
+                chosen[part] = torch.where(inside, picked, chosen[part])
+                new_peak = torch.maximum(peak[part], l.max(-1).values)
+                drop = (peak[part] - new_peak).clamp_min(-200.0)  # exp(-200) is nothing, and stays finite against mass 0
+                shrink = drop.exp()
+                l -= new_peak[:, None]
+                e = l.exp()
+                # what was summed relative to the old peak, seen from the new one
+                tilt[part] = shrink * (tilt[part] + drop * mass[part]) + torch.linalg.vecdot(e, l.clamp_min_(-1e4))
+                mass[part] = shrink * mass[part] + e.sum(-1)
+                peak[part] = new_peak
+        logsumexp = peak + mass.log()
+        entropy = mass.log() - tilt / mass
+        ctx.save_for_backward(hidden, unembedding, targets, logsumexp, entropy)
+        ctx.temperature, ctx.rows, ctx.columns = temperature, rows, columns
+        return chosen - logsumexp, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprob, grad_entropy):
+        hidden, unembedding, targets, logsumexp, entropy = ctx.saved_tensors
+        exact = logsumexp.dtype
+        grad_hidden = torch.zeros(hidden.shape, dtype=exact, device=hidden.device)
+        grad_unembedding = torch.zeros_like(unembedding) if ctx.needs_input_grad[1] else None
+        level = grad_logprob + grad_entropy * entropy
+        for first in range(0, len(unembedding), ctx.columns):
+            W = unembedding[first:first + ctx.columns]
+            for top in range(0, len(hidden), ctx.rows):
+                part = slice(top, top + ctx.rows)
+                logp = scaled_logits(hidden[part], W, ctx.temperature).sub_(logsumexp[part, None])  # (rows, columns)
+                grad = logp.exp()  # p
+                grad.mul_(logp.clamp_min_(-1e4).mul_(-grad_entropy[part, None]).sub_(level[part, None]))
+                here = targets[part] - first
+                inside = (here >= 0) & (here < len(W))
+                grad.scatter_add_(1, here.clamp(0, len(W) - 1)[:, None], (grad_logprob[part] * inside)[:, None])
+                grad = grad.div_(ctx.temperature).to(matmul_dtype(hidden))
+                grad_hidden[part] += product(grad, W.to(grad.dtype))
+                if grad_unembedding is not None:
+                    grad_unembedding[first:first + ctx.columns] += product(grad.T, hidden[part].to(grad.dtype))
+        return grad_hidden.to(hidden.dtype), grad_unembedding, None, None, None, None
+
+
+def matmul_dtype(hidden: Tensor) -> torch.dtype:
+    """What the tiles are multiplied in: half precision only where a GPU accumulates it in float32, else float32 (or float64)."""
+    low = hidden.dtype in (torch.bfloat16, torch.float16)
+    return hidden.dtype if hidden.is_cuda or not low else torch.float32
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with float32 accumulation and a float32 result: a bfloat16 logit of size 20 would be off by 0.06."""
+    if a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
+
+
+def scaled_logits(hidden: Tensor, W: Tensor, temperature: float) -> Tensor:
+    """(rows, columns): a tile of hidden @ unembedding.T / temperature, in float32 (float64 for float64 input)."""
+    dtype = matmul_dtype(hidden)
+    logits = product(hidden.to(dtype), W.to(dtype).T)
+    return logits.div_(temperature) if temperature != 1 else logits
+
+
+def fused_logprob(hidden: Tensor, unembedding: Tensor, targets: Tensor, *, temperature: float = 1.0,
+                  chunk: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target and entropy of each distribution, softmax(hidden @ unembedding.T / temperature), in nats.
+
+    hidden (N, D), unembedding (V, D), targets (N,) int64 -> logprob (N,), entropy (N,), both float32 (float64 for float64).
+    Differentiable in hidden and unembedding through both outputs; the (N, V) logits are never held. With l the scaled
+    logits, p their softmax and H its entropy, the gradient that reaches l_j is
+
+        d logprob / d l_j = [j = target] - p_j            d H / d l_j = -p_j (log p_j + H)
+
+    so a tile of logits that is computed once more is all that the backward needs, besides logsumexp and H of each row.
+    chunk: (rows, columns) of a tile. On the CPU 512 x 2048 float32 (4 MB) stays in the cache between the matmul that writes it
+    and the passes that read it; a GPU wants fewer, larger ones. Raises ValueError for a target outside 0 ... V - 1.
+    """
+    if len(targets) and not (0 <= int(targets.min()) and int(targets.max()) < len(unembedding)):
+        raise ValueError(f"targets must lie in 0 ... {len(unembedding) - 1}, got {int(targets.min())} ... {int(targets.max())}")
+    rows, columns = chunk or ((4096, 16384) if hidden.is_cuda else (512, 2048))
+    return FusedLogprob.apply(hidden, unembedding, targets, temperature, rows, columns)
+
+
+# ---- scoring answers ----
+
+
+def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Cut indices into batches of at most `budget` tokens, padding included, from the longest to the shortest. A sequence that
+    is longer than the budget gets a batch of its own."""
+    cuts: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # stable: the order depends on the lengths alone
+        if cuts and (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] <= budget:
+            cuts[-1].append(i)
+        else:
+            cuts.append([i])
+    return cuts
+
+
+def answer_hidden(model, contexts: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """One forward of right-padded context + answer rows. Returns what the head must see, and no more: the hidden states
+    (sum of answer lengths, D) that predict each answer token, row after row, and those tokens (sum of answer lengths,).
+
+    Which positions these are follows from lengths, never from token ids: a pad id may well equal the stop id."""
+    device = model.unembedding.device
+    width = max(len(c) + len(a) for c, a in zip(contexts, answers)) - 1  # the last token predicts nothing
+    rows = [(c + a)[:-1] for c, a in zip(contexts, answers)]
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # (rows, width)
+    places = [b * width + len(c) - 1 + j for b, (c, a) in enumerate(zip(contexts, answers)) for j in range(len(a))]
+    hidden = model(tokens).flatten(0, 1).index_select(0, torch.tensor(places, device=device))
+    return hidden, torch.tensor([t for a in answers for t in a], device=device)
+
+
+@torch.no_grad()
+def answer_logprobs(model, contexts: list[list[int]], answers: list[list[int]], *, micro_tokens: int = 16384) -> list[Tensor]:
+    """log P(a_j | context, a_<j) at temperature 1 for every token of every answer: one float32 (len(a),) tensor each.
+
+    Forwards run over micro-batches of at most micro_tokens tokens, sorted by length. Their answer positions are gathered until
+    a full load for the head has come together, so that short answers do not make for small matmuls."""
+    result: list[Tensor] = [torch.empty(0)] * len(answers)
+    filled = [i for i, a in enumerate(answers) if a]  # an answer without tokens has no log-probs
+    cuts = micro_batches([len(contexts[i]) + len(answers[i]) for i in filled], micro_tokens)
+    load: list[tuple[list[int], Tensor, Tensor]] = []
+
+    def flush():
+        logprob, _ = fused_logprob(torch.cat([h for _, h, _ in load]), model.unembedding, torch.cat([t for _, _, t in load]))
+        order = [i for indices, _, _ in load for i in indices]
+        for i, piece in zip(order, logprob.split([len(answers[i]) for i in order])):
+            result[i] = piece.cpu()
+        load.clear()
+
+    for cut in cuts:
+        indices = [filled[k] for k in cut]
+        load.append((indices, *answer_hidden(model, [contexts[i] for i in indices], [answers[i] for i in indices])))
+        if sum(len(t) for _, _, t in load) >= 8192:
+            flush()
+    if load:
+        flush()
+    return result
+
+
+# ---- the reward ----
+
+
+def perplexity(logprobs: Tensor) -> Tensor:
+    """exp(-mean log-prob) of one answer, logprobs (L,) in nats with L >= 1; raises ValueError for an empty answer."""
+    if len(logprobs) == 0:
+        raise ValueError("an answer without tokens has no perplexity")
+    return (-logprobs.double().mean()).exp()
+
+
+def self_aligned_reward(given_query: list[Tensor], alone: list[Tensor]) -> Tensor:
+    """R_SA = clip((ppl(a) - ppl(a|q)) / ppl(a), -1, 1) for each answer (arXiv 2509.05489, section 3).
+
+    given_query, alone: per answer its log-probs (len(a),) in nats, after the prompt with and without the question.
+    Returns (answers,) float64 in [-1, 1], detached; an answer without tokens scores 0. Raises ValueError when an answer's two
+    scorings differ in length."""
+    rewards = torch.zeros(len(given_query), dtype=torch.float64)
+    for i, (with_query, without) in enumerate(zip(given_query, alone, strict=True)):
+        if len(with_query) != len(without):
+            raise ValueError(f"answer {i} has {len(with_query)} log-probs with its question and {len(without)} without")
+        if len(with_query):
+            # ppl(a|q) / ppl(a) as one exponential: neither perplexity alone need be a finite number
+            rewards[i] = 1 - (without.double().mean() - with_query.double().mean()).exp()
+    return rewards.clamp(-1, 1).detach()
