@@ -25,7 +25,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,15 +74,13 @@ def find_model(name_or_folder: str) -> Path:
     if ours.is_dir():
         return check_folder(ours)
     try:
-        if offline():
-            raise ConnectionError("not tried, HF_HUB_OFFLINE is set")
         download_model(repo, ours)
+        return check_folder(ours)
     except OSError as error:  # network errors are OSErrors, and so are a full disk and an unwritable folder
         raise FileNotFoundError(
-            f"model {name!r} is not in the Hugging Face cache ({looked}), not in {ours}, and could not be downloaded from "
+            f"model {name!r} is no folder, not in the Hugging Face cache ({looked}), not in {ours}, and could not be downloaded from "
             f"{endpoint()}/{repo} ({one_line(error)}): put its config.json, tokenizer.json and .safetensors files into "
             f"{ours}, or give --model the folder that holds them") from error
-    return ours
 
 
 def check_folder(path: str | Path) -> Path:
@@ -206,51 +204,48 @@ def download_model(repo: str, target: Path) -> None:
 
     The files come from {endpoint}/{repo}/resolve/{revision}/{file}. They gather in .NAME.partial beside the target; a file
     gets its own name there only after its size, hash and form have been checked, so an interrupted download goes on with
-    the files that are missing, as long as the repository's revision is still the same. Raises OSError or ValueError.
+    the files that are missing, as long as the repository's revision is still the same. Raises OSError.
     """
+    if offline():  # before anything is made on the disk
+        raise ConnectionError("not tried, HF_HUB_OFFLINE is set")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.partial"
     with lock(target.parent / f".{target.name}.lock"):
         if target.is_dir():  # another process brought it while we waited
-            check_folder(target)
             return
-        revision = "main"
-
-        def fetch(file: str) -> Path:
-            nonlocal revision
-            path = partial / file
-            if not path.is_file():
-                told = download(f"{endpoint()}/{repo}/resolve/{revision}/{quote(file)}", path)
-                # every further file comes from the revision of the first, also when the branch moves meanwhile
-                if revision == "main" and re.fullmatch(r"[0-9a-f]{40}", told.get("x-repo-commit", "")):
-                    revision = told["x-repo-commit"]
-            return path
-
-        print(f"downloading {repo} from {endpoint()} to {target}", file=sys.stderr)
-        before = (partial / "revision").read_text() if (partial / "revision").is_file() else None
         partial.mkdir(exist_ok=True)
-        for leftover in [partial / "config.json", *partial.glob("*.partial"), *partial.glob("*.unchecked")]:
-            leftover.unlink(missing_ok=True)
-        read_json(fetch("config.json"))
-        if revision == "main" or revision != before:
+        for half in [*partial.glob("*.partial"), *partial.glob("*.unchecked")]:  # of a download that was killed
+            half.unlink()
+        told = download(f"{endpoint()}/{repo}/resolve/main/config.json", partial / "config.json")
+        # every further file comes from the revision of the first, also when the branch moves meanwhile
+        commit = told.get("x-repo-commit", "")
+        revision = commit if re.fullmatch(r"[0-9a-f]{40}", commit) else "main"
+        note = partial / "revision"
+        if revision == "main" or not note.is_file() or note.read_text() != revision:
             for old in partial.iterdir():
                 if old.name != "config.json":
                     old.unlink()
-            (partial / "revision").write_text(revision)
-        read_json(fetch("tokenizer.json"))
-        for file in OPTIONAL:
-            with contextlib.suppress(FileNotFoundError):
-                read_json(fetch(file))
+            note.write_text(revision)
+
+        def fetch(file: str) -> Path:
+            if not (partial / file).is_file():
+                download(f"{endpoint()}/{repo}/resolve/{revision}/{file}", partial / file)
+            return partial / file
+
         try:
-            fetch("model.safetensors")
-        except FileNotFoundError:
-            for shard in sorted(read_index(fetch("model.safetensors.index.json"))):
-                fetch(shard)
-        try:
+            fetch("tokenizer.json")
+            for file in OPTIONAL:
+                with contextlib.suppress(FileNotFoundError):
+                    fetch(file)
+            try:
+                fetch("model.safetensors")
+            except FileNotFoundError:  # then the weights are in shards
+                for shard in sorted(read_index(fetch("model.safetensors.index.json"))):
+                    fetch(shard)
             check_folder(partial)
-        except (ValueError, FileNotFoundError) as error:  # every file came well, but together they are no model
+        except ValueError as error:  # every file came well, but together they are no model
             shutil.rmtree(partial)
-            raise OSError(f"what came from {endpoint()}/{repo} is no whole model: {one_line(error)}") from error
+            raise OSError(f"what came is no whole model: {one_line(error)}") from error
         os.rename(partial, target)
 
 
@@ -267,6 +262,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> dict[str, str]:
         raise ConnectionError("not tried, HF_HUB_OFFLINE is set")
     if urlsplit(url).scheme not in ("http", "https"):
         raise ConnectionError(f"{url} is no http or https address")
+    print(f"downloading {url} to {path.parent}", file=sys.stderr)
     unchecked = path.with_name(path.name + ".unchecked")
     talk = Conversation()
     urllib.request.install_opener(urllib.request.build_opener(talk))  # torch.hub asks through the installed opener
@@ -276,7 +272,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> dict[str, str]:
         told_size = talk.told.get("x-linked-size") or talk.told.get("content-length")
         if told_size and told_size.isdigit() and size != int(told_size):
             raise OSError(f"{url} broke off after {size} of {told_size} bytes")
-        etag = (talk.told.get("x-linked-etag") or talk.told.get("etag") or "").removeprefix("W/").strip('"')
+        etag = (talk.told.get("x-linked-etag") or talk.told.get("etag") or "").strip('"')
         expected = sha256 or (etag if re.fullmatch(r"[0-9a-f]{64}", etag) else None)
         if expected and file_sha256(unchecked) != expected:
             raise OSError(f"{url} came damaged: its SHA-256 is {file_sha256(unchecked)}, not {expected}")
@@ -317,7 +313,7 @@ class Conversation(urllib.request.BaseHandler):
     def http_request(self, request):
         request.timeout = TIMEOUT
         token = os.environ.get("HF_TOKEN", "").strip()
-        if token and urlsplit(request.full_url)[:2] == urlsplit(endpoint())[:2]:
+        if token and same_site(request.full_url, endpoint()):
             request.add_unredirected_header("Authorization", f"Bearer {token}")
         return request
 
@@ -326,13 +322,19 @@ class Conversation(urllib.request.BaseHandler):
             if response.headers.get(name):
                 self.told.setdefault(name, response.headers[name])
         if response.code == 200:  # a redirect's own length and tag are not the file's
-            for name in ("content-length", "etag"):
-                if response.headers.get(name):
-                    self.told[name] = response.headers[name]
+            if response.headers.get("content-length"):
+                self.told["content-length"] = response.headers["content-length"]
+            if response.headers.get("etag") and same_site(request.full_url, endpoint()):  # elsewhere a tag is any text
+                self.told["etag"] = response.headers["etag"]
         return response
 
     https_request = http_request
     https_response = http_response
+
+
+def same_site(url: str, other: str) -> bool:
+    """Whether two addresses have the same scheme, host and port."""
+    return urlsplit(url)[:2] == urlsplit(other)[:2]
 
 
 def file_sha256(path: Path) -> str:

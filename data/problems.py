@@ -20,7 +20,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.hub import cache_folder, download, endpoint, file_sha256, one_line
+from data.hub import cache_folder, download, endpoint, file_sha256, lock, one_line
 
 MAX_PER_SOURCE = 10_000  # problems (the authors' merge_datasets.py)
 NUMINA_TEST_SHARE = 0.08  # the authors' openr1.py
@@ -269,21 +269,23 @@ def published(file: str) -> Path:
                 raise ValueError(f"{path} is not the published file (SHA-256 {file_sha256(path)}, expected {sha256}): delete "
                                  "it to have it downloaded, or give its path as the data to use it as it is")
             return path
-    looked = f"{given} and {ours}" if given else f"{ours} ($SA_DATA is not set)"
     try:
-        print(f"downloading {url} to {ours}", file=sys.stderr)
         ours.parent.mkdir(parents=True, exist_ok=True)
-        download(url, ours, sha256)
+        with lock(cache_folder() / "data" / ".lock"):
+            if not ours.is_file():  # else another process brought it while we waited
+                download(url, ours, sha256)
+                if not sha256:
+                    print(f"no SHA-256 is on record for {ours}, it came with {file_sha256(ours)}", file=sys.stderr)
     except OSError as error:
-        raise FileNotFoundError(f"{file} is not at {looked} and could not be downloaded from {url} ({one_line(error)}): put "
+        looked = f"{given} nor at {ours}" if given else f"{ours} ($SA_DATA is not set)"
+        raise FileNotFoundError(f"{file} is not at {looked}, and could not be downloaded from {url} ({one_line(error)}): put "
                                 "it there by hand") from error
-    if not sha256:
-        print(f"{ours}: no SHA-256 is on record for this file, it came with {file_sha256(ours)}", file=sys.stderr)
     return ours
 
 
 GITHUB = "https://raw.githubusercontent.com"
 HUB = "https://huggingface.co/datasets"
+GSM_SYMBOLIC = f"{GITHUB}/apple-aiml-research/ml-gsm-symbolic/b6a1625025fc857300203bac9f617e5d8ec99f65/generated_data"
 QWEN_MATH = f"{GITHUB}/QwenLM/Qwen2.5-Math/main/evaluation/data"
 NUMINA = [f"NuminaMath-1.5/train-0000{i}-of-00003.parquet" for i in range(3)]
 JSONL_SETS = {
@@ -309,11 +311,11 @@ FILES = {  # file name -> (address, SHA-256 or None where none is on record)
     "math500_test.jsonl": (
         f"{HUB}/HuggingFaceH4/MATH-500/resolve/main/test.jsonl",
         "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
-    "gsm_symbolic_main.jsonl": (f"{HUB}/apple/GSM-Symbolic/resolve/main/main/test.jsonl", None),
-    "gsm_symbolic_p1.jsonl": (f"{HUB}/apple/GSM-Symbolic/resolve/main/p1/test.jsonl", None),
+    "gsm_symbolic_main.jsonl": (
+        f"{GSM_SYMBOLIC}/GSM_symbolic.jsonl", "945055837b232bd9b56827b1e3a5aa019075f29e8ba4669d9a9df8b4439a291f"),
+    "gsm_symbolic_p1.jsonl": (f"{GSM_SYMBOLIC}/GSM_p1.jsonl", None),
     "gsm_symbolic_p2.jsonl": (
-        f"{GITHUB}/apple/ml-gsm-symbolic/main/generated_data/GSM_p2.jsonl",
-        "f7d6701619f824f4fedd0a914b1cfbc0fd31f61617887aa7fe318d018dda3f29"),
+        f"{GSM_SYMBOLIC}/GSM_p2.jsonl", "f7d6701619f824f4fedd0a914b1cfbc0fd31f61617887aa7fe318d018dda3f29"),
     "aime24_test.jsonl": (
         f"{QWEN_MATH}/aime24/test.jsonl", "af2b8bd2aa911b6333ad0df32f3ca05c7ae8ed10f1731f4372c8ae26990bf7ac"),
     "amc23_test.jsonl": (
