@@ -5,58 +5,88 @@ tokens are placed here by id, so that a question that spells one stays ordinary 
 """
 import re
 
+from data.tokenizer import WHITE_SPACE, Tokenizer
+
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 
 
-def encode_prompt(tokenizer, question: str, *, system: str | None = None, instruction: bool = True) -> list[int]:
-    """Ids of the frame around `question`, ending where the answer begins.
+def encode_prompt(tokenizer: Tokenizer, question: str, *, system: str | None = None,
+                  instruction: bool = True) -> list[int]:
+    """Ids of the frame around `question`, ending where the answer begins; equal to transformers' apply_chat_template
+    with add_generation_prompt for the same message.
 
-    system: None takes the frame's own default (Qwen2.5 and SmolLM2 have one). instruction: append the line INSTRUCTION
-    to the user's message. The embedded model's frame takes neither. Raises ValueError for an unknown template or
-    a system message where the frame has no place for one.
+    system: the system message; None takes the frame's own (Qwen2.5 and SmolLM2 have one, the others none).
+    instruction: append the line INSTRUCTION to the user's message. The embedded model's frame takes neither.
+    Raises ValueError for an unknown template, and for a system message where the frame has no place for one.
     """
-    template = tokenizer.chat_template
-    special = tokenizer.special
+    template, special, folder = tokenizer.chat_template, tokenizer.special, tokenizer.folder
     message = f"{question}\n{INSTRUCTION}" if instruction else question
-
     if template is None:
         if system is not None:
-            raise ValueError(f"{tokenizer.folder} has no chat template, so its prompts take no system message")
+            raise ValueError(f"{folder} has no chat template, so its plain prompts take no system message")
         bos = [tokenizer.bos_id] if tokenizer.adds_bos else []
         return join(tokenizer, [*bos, f"Question: {message}\nAnswer:"])
 
-    def marker(name: str) -> int:
+    def token(name: str) -> int:
         if name not in special:
-            raise ValueError(f"{tokenizer.folder}: the chat template uses {name}, which is no special token there")
+            raise ValueError(f"{folder}: the chat template uses {name}, which is no special token of its tokenizer")
         return special[name]
 
-    if "<|question|>" in template and "<|answer|>" in template:
+    if "<|question|>" in template and "<|answer|>" in template:                       # the embedded model
         if system is not None:
-            raise ValueError(f"{tokenizer.folder}: this model's prompt frame takes no system message")
-        return join(tokenizer, [marker("<|question|>"), question, marker("<|answer|>")])
-    if "<|im_start|>" in template:
-        start, end = marker("<|im_start|>"), marker("<|im_end|>")
-        if system is None:
-            default = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", template)
-            system = default and default[1]
-        first = [] if system is None else [start, f"system\n{system}", end, "\n"]
-        return join(tokenizer, [*first, start, f"user\n{message}", end, "\n", start, "assistant\n"])
-    raise ValueError(f"{tokenizer.folder}: the chat template is none of those known here (ChatML, Gemma, Phi-3, Llama 2)")
+            raise ValueError(f"{folder}: this model's prompt frame takes no system message")
+        return join(tokenizer, [token("<|question|>"), question, token("<|answer|>")])
+
+    if tokenizer.bos_id is None and "bos_token" in template:
+        raise ValueError(f"{folder}: the chat template begins with a bos_token that tokenizer_config.json does not name")
+    frame = [tokenizer.bos_id] if "bos_token" in template else []
+    if re.search(r"<\|im_start\|>assistant(\\n|\n)['\"]", template):                  # ChatML: Qwen2.5, Qwen3, SmolLM2
+        start, end = token("<|im_start|>"), token("<|im_end|>")
+        default = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", template)
+        if system is None and default:
+            system = default[1]
+        if system is not None:
+            frame += [start, f"system\n{system}", end, "\n"]
+        frame += [start, f"user\n{message}", end, "\n", start, "assistant\n"]
+    elif "<start_of_turn>" in template:                                               # Gemma
+        start, end = token("<start_of_turn>"), token("<end_of_turn>")
+        if system is not None and "first_user_prefix" not in template:
+            raise ValueError(f"{folder}: this model's prompt frame takes no system message")
+        before = "" if system is None else f"{system}\n\n"
+        frame += [start, f"user\n{before}{message.strip()}", end, "\n", start, "model\n"]
+    elif "<|user|>" in template and "<|end|>" in template:                            # Phi-3.5
+        end = token("<|end|>")
+        if system:                                                                    # an empty one gets no turn
+            frame += [token("<|system|>"), f"\n{system}", end, "\n"]
+        frame += [token("<|user|>"), f"\n{message}", end, "\n", token("<|assistant|>"), "\n"]
+    elif "[INST]" in template and "<<SYS>>" in template:                              # Llama 2: plain text after bos
+        before = "" if system is None else f"<<SYS>>\n{system}\n<</SYS>>\n\n"
+        frame += [f"[INST] {(before + message).strip()} [/INST]"]
+    else:
+        raise ValueError(f"{folder}: its chat template is none of those known here (ChatML, Gemma, Phi-3, Llama 2)")
+    return join(tokenizer, frame)
 
 
-def bare_prompt(tokenizer) -> list[int]:
-    """Only the beginning-of-text token, or the end-of-text token where there is no other."""
+def bare_prompt(tokenizer: Tokenizer) -> list[int]:
+    """Only the beginning-of-text token, or the end-of-text token where there is no other; one id."""
     bos = tokenizer.bos_id
-    if bos is None or bos == tokenizer.special.get("<|im_start|>"):       # ChatML's bos opens a turn, not a text
+    if bos is None or bos == tokenizer.special.get("<|im_start|>"):        # which opens a turn, not a text
         bos = tokenizer.special.get("<|endoftext|>", tokenizer.eos_id)
     if bos is None:
         raise ValueError(f"{tokenizer.folder} names neither a beginning-of-text nor an end-of-text token")
     return [bos]
 
 
-def join(tokenizer, parts: list) -> list[int]:
-    """Ids of a frame: an int is a special token's id, text in between is ordinary."""
+def join(tokenizer: Tokenizer, frame: list[int | str]) -> list[int]:
+    """Ids of a frame: an int is a special token's id, and the text between two of them is ordinary text."""
     ids = []
-    for part in parts:
-        ids += [part] if isinstance(part, int) else tokenizer.encode(part)
+    for before, part, after in zip([None, *frame], frame, [*frame[1:], None]):
+        if isinstance(part, int):
+            ids.append(part)
+            continue
+        if before in tokenizer.strips_after:
+            part = part.lstrip(WHITE_SPACE)
+        if after in tokenizer.strips_before:
+            part = part.rstrip(WHITE_SPACE)
+        ids += tokenizer.encode(part)
     return ids
