@@ -359,8 +359,9 @@ def test_what_has_come_well_is_not_asked_for_again(place, server):
     assert server.asked("model-00003-of-00003.safetensors") == 2
 
 
-@pytest.mark.parametrize("commit", ["f" * 40, None])
-def test_files_of_two_revisions_are_never_mixed(place, server, commit):
+@pytest.mark.parametrize("before, commit", [(COMMIT, "f" * 40), (COMMIT, None), (None, COMMIT), (None, None)])
+def test_files_of_two_revisions_are_never_mixed(place, server, before, commit):
+    server.commit = before
     server.repos["some/model"] = model_files(3)
     server.faults["model-00003-of-00003.safetensors"] = "cut"
     message(FileNotFoundError, "some/model")
