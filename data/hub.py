@@ -233,7 +233,6 @@ def download_model(repo: str, target: Path) -> None:
             return partial / file
 
         try:
-            read_json(partial / "config.json")
             fetch("tokenizer.json")
             for file in OPTIONAL:
                 with contextlib.suppress(FileNotFoundError):

@@ -2,7 +2,6 @@
 
     load_problems("my.jsonl")             JSONL: one object a line with question (or problem) and answer
     load_problems("gsm8k", "test")        a published set; sets with one split only ignore the split
-    load_problems("gsm8k+math+numina")    several together, the paper's training data
     load_problems("tiny")                 the embedded model's own problems (data/make_tiny.py)
 
 Published files are looked for in $SA_DATA, then in our cache ($SA_CACHE/data, else ~/.cache/self-aligned-reward/data), and
@@ -35,7 +34,7 @@ class Problem:
 
 
 def load_problems(name_or_path: str, split: str = "train") -> list[Problem]:
-    """Read problems from a JSONL file or a published set (a name of NAMES, or several joined by "+").
+    """Read problems from a JSONL file or a published set (one of NAMES).
 
     split: "train" or "test", for the names that have both (tiny, gsm8k, math, numina); NAME-train and NAME-test say it in
     the name. Files come back in their order. Raises ValueError (file and line, what is accepted) for content that cannot be
@@ -47,8 +46,6 @@ def load_problems(name_or_path: str, split: str = "train") -> list[Problem]:
     path = Path(name).expanduser()
     if name and path.exists() and name not in NAMES:
         return read_jsonl(path)
-    if "+" in name:
-        return [problem for part in name.split("+") for problem in load_problems(part, split)]
     for ending in ("train", "test"):
         if name.endswith(f"-{ending}") and name.removesuffix(f"-{ending}") in ("tiny", "gsm8k", "math", "numina"):
             name, split = name.removesuffix(f"-{ending}"), ending

@@ -274,6 +274,13 @@ def test_the_cache_is_looked_up_where_the_environment_says(place, monkeypatch, v
     assert hub.find_model("qwen-1.5b") == whole == hub.find_model("Qwen/Qwen2.5-1.5B")
 
 
+def test_the_cache_is_read_as_its_own_library_reads_it(place):
+    peer = pytest.importorskip("huggingface_hub")
+    snapshot(place / "hf" / "hub", "some/model", model_files())
+    theirs = peer.try_to_load_from_cache("some/model", "config.json", cache_dir=place / "hf" / "hub")
+    assert hub.find_model("some/model") / "config.json" == Path(theirs)
+
+
 def test_only_a_whole_snapshot_counts(place, server):
     server.repos["some/model"] = model_files()
     files = model_files(3)

@@ -166,13 +166,6 @@ def test_any_problems_survive_the_way_through_a_file(place):
     assert got == expected
 
 
-def test_several_together_and_names_with_a_plus(place):
-    a, b = jsonl(place / "a.jsonl", {"question": "a", "answer": 1}), jsonl(place / "b.jsonl", {"question": "b", "answer": 2})
-    assert load_problems(f"{a}+{b}") == [Problem("a", "1"), Problem("b", "2")]
-    c = jsonl(place / "c++.jsonl", {"question": "c", "answer": 3})
-    assert load_problems(c) == [Problem("c", "3")]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # answers of published solutions
 
@@ -227,7 +220,6 @@ def test_gsm8k_splits(publish, capsys):
     assert load_problems("gsm8k") == load_problems("gsm8k-train") == load_problems("gsm8k-train", "test") == [Problem("a", "1")]
     assert load_problems("gsm8k", "test") == load_problems("gsm8k-test") == [Problem("b", "2,000"), Problem("c", "3")]
     assert "gsm8k test: 2 problems" in capsys.readouterr().err
-    assert load_problems("gsm8k+gsm8k-test", "train") == [Problem("a", "1"), Problem("b", "2,000"), Problem("c", "3")]
     assert "'train' or 'test'" in refusal("gsm8k", "dev")
 
 
