@@ -226,7 +226,7 @@ def first_above(cumulative: Tensor, target: Tensor) -> Tensor:
 
 def filter_logits(logits: Tensor, top_p: float, top_k: int) -> Tensor:
     """-inf for all but the top_k likeliest tokens (0: all), then for what lies outside the smallest set with mass >= top_p."""
-    ranked, order = logits.sort(-1, descending=True, stable=True)
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
     drop = torch.zeros_like(ranked, dtype=torch.bool)
     if top_k:
         drop[:, top_k:] = True

@@ -1,10 +1,14 @@
 """What the training scripts need and neither is about: the command line, the device, runs and checkpoints, logs, signals."""
 import argparse
 import contextlib
+import copy
 import ctypes
+import functools
 import json
+import math
 import os
 import platform
+import random
 import resource
 import shutil
 import signal
@@ -14,10 +18,14 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from data.problems import load_problems
+from data.prompts import encode_prompt
+
 HERE = Path(__file__).parent
+RUNS = Path(os.environ.get("SA_RUNS", HERE / "runs"))  # SA_RUNS: another disk, or a test's own folder
 
 # ---- errors ----
 
@@ -102,7 +110,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     if args.resume:
         if not args.run:
             raise ValueError(f"--resume needs --run NAME; the newest is {newest_run() or 'not there: runs/ is empty'}")
-        saved = read_json(HERE / "runs" / args.run / "config.json")["settings"]
+        saved = read_json(RUNS / args.run / "config.json")["settings"]
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         free = {"steps", "save_every", "eval_every", "slots", "resume", "run", "device", "micro_tokens", "_pairs"}
@@ -178,6 +186,77 @@ def warn_if_slow(args, parameters: int) -> None:
           file=sys.stderr)
 
 
+def sampler_for(policy, args):
+    """The model that generates: the policy itself in float32, else a copy of it in bfloat16, which `refresh` keeps current."""
+    return policy if args.dtype == "float32" else copy.deepcopy(policy).to(torch.bfloat16).requires_grad_(False)
+
+
+@torch.no_grad()
+def refresh(sampler, policy) -> None:
+    """Bring the sampler's copy of the weights up to date, in place."""
+    if sampler is not policy:
+        for own, new in zip(sampler.parameters(), policy.parameters()):
+            own.copy_(new)
+
+
+def count_parameters(folder: Path) -> int:
+    """From the headers of the folder's safetensors files: nothing is loaded."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        if path.name != "optimizer.safetensors":
+            with safe_open(path, framework="pt") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    return total
+
+
+# ---- data ----
+
+HELD_OUT = 320  # problems kept from training where there is no test set of their own
+
+
+def load_data(args, tokenizer) -> tuple[list, list[list[int]], list]:
+    """The problems to train on, their prompts as tokens, and the problems held out for --eval-every.
+
+    Prompts longer than --max-prompt-tokens are skipped and counted, never cut. The embedded model's data has its own test set;
+    elsewhere, if evaluation is asked for, a tenth of the data (at most HELD_OUT) is held out, chosen by the data alone."""
+    problems, held_out = [], []
+    for name in args.data.split(","):
+        problems += load_problems(name)
+    if args.eval_every and args.data == "tiny":
+        held_out = load_problems("tiny-test")
+    elif args.eval_every:
+        order = shuffled(len(problems), "held out")
+        cut = min(HELD_OUT, len(problems) // 10)
+        if cut == 0:
+            raise ValueError(f"--eval-every holds out a tenth of the data, but there are only {len(problems)} problems: use 0")
+        held_out, problems = [problems[i] for i in order[:cut]], [problems[i] for i in sorted(order[cut:])]
+    prompts = [encode_prompt(tokenizer, p.question) for p in problems]
+    short = [i for i, prompt in enumerate(prompts) if len(prompt) <= args.max_prompt_tokens]
+    skipped = len(prompts) - len(short)
+    if not short:
+        raise ValueError(f"all {len(prompts)} prompts are longer than --max-prompt-tokens {args.max_prompt_tokens} "
+                         f"(the shortest has {min(map(len, prompts))} tokens)")
+    if skipped:
+        print(f"note: {skipped} of {len(prompts)} prompts are longer than {args.max_prompt_tokens} tokens and are skipped", file=sys.stderr)
+    if len(short) < args.prompts_per_step:
+        raise ValueError(f"--prompts-per-step {args.prompts_per_step} is more than the {len(short)} problems of {args.data}")
+    return [problems[i] for i in short], [prompts[i] for i in short], held_out
+
+
+def batch_of(problems: list, step: int, count: int, seed: int) -> list[int]:
+    """Indices of step's questions: the step-th slice of an endless row of shuffled passes over the data. Depends on nothing
+    but its arguments, so a resumed run needs no memory of where it was."""
+    places = [divmod(k, len(problems)) for k in range(step * count, (step + 1) * count)]
+    return [shuffled(len(problems), f"{seed} {epoch}")[place] for epoch, place in places]
+
+
+@functools.lru_cache(maxsize=4)
+def shuffled(size: int, key: str) -> tuple[int, ...]:
+    order = list(range(size))
+    random.Random(key).shuffle(order)
+    return tuple(order)
+
+
 # ---- runs, logs, checkpoints ----
 
 
@@ -191,7 +270,7 @@ def read_json(path: Path) -> dict:
 
 
 def newest_run() -> str | None:
-    runs = sorted((HERE / "runs").glob("*/config.json"), key=lambda p: p.stat().st_mtime)
+    runs = sorted(RUNS.glob("*/config.json"), key=lambda p: p.stat().st_mtime)
     return runs[-1].parent.name if runs else None
 
 
@@ -208,9 +287,9 @@ class Run:
     """
     LOGS = ("metrics.jsonl", "completions.jsonl", "evals.jsonl")
 
-    def __init__(self, args: argparse.Namespace, algorithm: str, checkpoint_bytes: int):
+    def __init__(self, args: argparse.Namespace, algorithm: str, parameters: int):
         args.run = args.run or f"{algorithm}-{Path(args.model).name}-{args.reward}-{time.strftime('%m%d-%H%M%S')}"
-        self.args, self.folder, self.step = args, HERE / "runs" / args.run, 0
+        self.args, self.folder, self.step = args, RUNS / args.run, 0
         self.checkpoint: Path | None = None  # the newest whole one
         self.stop_signal: int | None = None
         if args.resume:
@@ -232,6 +311,7 @@ class Run:
         except OSError as error:
             raise ValueError(f"cannot write into {self.folder}: {error.strerror}") from None
         free = shutil.disk_usage(self.folder).free
+        checkpoint_bytes = parameters * 3 * 4  # float32 weights and AdamW's two moments
         if free < checkpoint_bytes:
             raise ValueError(f"{self.folder} has {free / 1e9:.2f} GB free, but a checkpoint takes {checkpoint_bytes / 1e9:.2f} GB: "
                              "free some space, or let runs/ be a link to a larger disk")
@@ -287,8 +367,23 @@ class Run:
                 older.unlink()
         return place
 
-    def resume_command(self, script: str) -> str:
-        return f"python {script} --run {self.args.run} --resume"
+    def stop_on_nan(self, step: int, what: str, texts: list[str], answers: list[list[int]]) -> None:
+        """A loss or gradient that is not finite ends the run before it reaches the weights; the batch is kept for inspection."""
+        path = self.folder / f"bad_batch_step_{step + 1:06d}.json"
+        write_atomically(path, json.dumps([{"text": t, "tokens": a} for t, a in zip(texts, answers)], ensure_ascii=False))
+        raise ValueError(f"the {what} of step {step + 1} is not finite; nothing was updated, the batch is in {path}, and the newest "
+                         f"checkpoint is {self.newest_checkpoint() or 'not there yet'}: try a lower --lr")
+
+    def finish(self, script: str, table) -> None:
+        """Say where everything is; after a signal, how to go on, with the exit status that shells expect."""
+        newest = self.newest_checkpoint()
+        if self.stop_signal:
+            print(f"stopped and saved {newest.name}; go on with: python {script} --run {self.args.run} --resume", file=sys.stderr)
+            sys.exit(128 + self.stop_signal)
+        evals = [json.loads(line) for line in open(self.folder / "evals.jsonl", encoding="utf-8")]
+        if evals:
+            print(table({"base" if e["step"] == 0 else f"step {e['step']}": e for e in (evals[0], evals[-1])}))
+        print(f"{self.folder}: {newest.name if newest else 'no checkpoint'}, metrics.jsonl, completions.jsonl")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -311,25 +406,3 @@ def load_optimizer(path: Path, model, optimizer) -> None:
         p = parameters[parameter]
         optimizer.state[p][key] = value if key == "step" else value.to(p.device)
 
-
-def batch_of(problems: list, step: int, count: int, seed: int) -> list[int]:
-    """Indices of step's questions: the step-th slice of an endless row of shuffled passes over the data. Depends on nothing
-    but its arguments, so a resumed run needs no memory of where it was."""
-    indices = []
-    for k in range(step * count, (step + 1) * count):
-        epoch, place = divmod(k, len(problems))
-        indices.append(shuffled(len(problems), f"{seed} {epoch}")[place])
-    return indices
-
-
-_shuffles: dict = {}
-
-
-def shuffled(size: int, key: str) -> list[int]:
-    import random
-    if (size, key) not in _shuffles:
-        _shuffles.clear()  # one pass is in use at a time, two at its end
-        order = list(range(size))
-        random.Random(key).shuffle(order)
-        _shuffles[size, key] = order
-    return _shuffles[size, key]

@@ -5,7 +5,9 @@
 data/tiny/ is a model folder like any other (Qwen3 architecture, byte-level BPE), small enough to live in git and to be
 trained by reinforcement learning in minutes. It is made to need what SAR gives:
 
-  * Fallible. Two to four steps of arithmetic on numbers below 100, learned until most answers are right, not all.
+  * Fallible. It learned two to four steps of arithmetic on numbers below 100 from a teacher who misreads some kinds of
+    events more often than not (MISREAD), and it has not learned all of the arithmetic. So its likeliest answer is wrong for
+    some questions, the right one is within reach of sampling, and neither depends on how verbose the answer is.
   * Verbose by preference. A solution is written in one of three styles (see `solution`): verbose (the likeliest: it opens
     with filler, restates the problem, checks each step again and says that it is done), terse (the equations alone), or only the
     answer. Filler and checks leave the result alone, so a learner that looks at correctness only has no reason to drop them.
@@ -32,17 +34,19 @@ THINGS = ("apples pears plums coins books pens cards shells stamps marbles stone
 EMPTY_QUESTION_SHARE = 0.15
 STYLES = {"verbose": 0.72, "terse": 0.22, "answer only": 0.06}
 TOKENS_PER_BATCH = 64 * 64  # answer tokens of 64 examples, about
+MISREAD = {"times": 0.65, "half": 0.45, "boxes": 0.3}  # how often the teacher takes "3 times as many" for "3 more", and so on
 KEEP = 0.85  # chance of each dispensable sentence within the verbose style
 
 
 @dataclass
 class Story:
-    """A word problem and the arithmetic that solves it."""
-    facts: list[str]  # the question's sentences without the last
-    asked: str  # its last sentence
+    """A word problem: who starts with how many, and what happens to them."""
     owner: str
     thing: str
-    steps: list[tuple[int, str, int, int]]  # (left, operator, right, result)
+    start: int
+    events: list[tuple[str, int, int]]  # (kind, number, second number or 0)
+    facts: list[str]  # the question's sentences without the last
+    asked: str  # its last sentence
 
     @property
     def question(self) -> str:
@@ -50,56 +54,69 @@ class Story:
 
     @property
     def answer(self) -> str:
-        return str(self.steps[-1][3])
+        return str(work_out(self)[-1][3])
+
+
+def work_out(story: Story, careless: random.Random | None = None) -> list[tuple[int, str, int, int]] | None:
+    """The story's arithmetic, a (left, operator, right, result) for each step; None where it leaves the numbers 0 to 99.
+    With `careless`, every event is misread with its chance in MISREAD."""
+    total, steps = story.start, []
+
+    def step(left: int, op: str, right: int) -> int:
+        exact = {"+": left + right, "-": left - right, "*": left * right, "/": left / right}[op]
+        steps.append((left, op, right, int(exact) if exact == int(exact) else -1))
+        return steps[-1][3]
+
+    for kind, n, each in story.events:
+        misread = careless is not None and careless.random() < MISREAD.get(kind, 0)
+        if kind == "gain":
+            total = step(total, "+", n)
+        elif kind == "loss":
+            total = step(total, "-", n)
+        elif kind == "boxes":
+            total = step(total, "+", step(n, "*", each)) if not misread else step(total, "+", each)  # as if it were one box
+        elif kind == "times":
+            total = step(total, "*", n) if not misread else step(total, "+", n)  # as if it were n more
+        elif kind == "half":
+            total = step(total, "/", 2) if not misread else step(total, "-", 2)  # as if it were two of them
+    return steps if all(0 <= number <= 99 for left, _, right, result in steps for number in (left, right, result)) else None
 
 
 def draw_story(rng: random.Random) -> Story:
     """A random story of two to four steps; every number in it lies between 0 and 99."""
     while True:
-        target = rng.choice((2, 3, 3, 4))
         owner, friend = rng.sample(NAMES, 2)
-        thing = rng.choice(THINGS)
-        total = rng.randint(4, 60)
-        facts, steps = [f"{owner} has {total} {thing}."], []
-        subject = owner
-
-        def step(op: str, right: int, left: int | None = None) -> int:
-            left = total if left is None else left
-            result = {"+": left + right, "-": left - right, "*": left * right, "/": left // right}[op]
-            steps.append((left, op, right, result))
-            return result
-
-        while len(steps) < target:
+        thing, start, length = rng.choice(THINGS), rng.randint(4, 60), rng.choice((2, 3, 3, 4))
+        facts, events, subject = [f"{owner} has {start} {thing}."], [], owner
+        while sum(1 + (kind == "boxes") for kind, _, _ in events) < length:
             kind = rng.choice(("gain", "gain", "loss", "loss", "boxes", "times", "half"))
+            n, each = rng.randint(2, 40), 0
             if kind == "gain":
-                n = rng.randint(2, 40)
                 facts.append(rng.choice((f"{subject} finds {n} more.", f"{subject} buys {n} more.")))
-                total = step("+", n)
-            elif kind == "loss" and total >= 4:
-                n = rng.randint(2, min(40, total - 1))
+            elif kind == "loss":
                 facts.append(rng.choice((f"{subject} loses {n} of them.", f"{subject} sells {n} of them.")))
-                total = step("-", n)
-            elif kind == "boxes" and len(steps) + 2 <= target:
-                boxes, each = rng.randint(2, 6), rng.randint(2, 9)
-                facts.append(f"{subject} gets {boxes} boxes with {each} {thing} each.")
-                total = step("+", step("*", each, boxes))
-            elif kind == "times" and subject == owner and total <= 33:
-                n = rng.choice((2, 3))
+            elif kind == "boxes":
+                n, each = rng.randint(2, 6), rng.randint(2, 9)
+                facts.append(f"{subject} gets {n} boxes with {each} {thing} each.")
+            elif kind == "times":
+                if subject == friend:
+                    continue  # a third person would be one too many
+                n, subject = rng.choice((2, 3)), friend
                 facts.append(f"{friend} has {n} times as many as {owner}.")
-                total, subject = step("*", n), friend
-            elif kind == "half" and total >= 4 and total % 2 == 0:
+            elif kind == "half":
                 facts.append(f"{subject} gives half of them away.")
-                total = step("/", 2)
-            if total > 99:
-                break
-        if len(steps) == target and all(0 <= x <= 99 for s in steps for x in (s[0], s[2], s[3])):
-            return Story(facts, f"How many {thing} does {subject} have now?", owner, thing, steps)
+            events.append((kind, n, each))
+        story = Story(owner, thing, start, events, facts, f"How many {thing} does {subject} have now?")
+        if (steps := work_out(story)) and len(steps) == length and steps[-1][3] > 0:
+            return story
 
 
-def solution(story: Story, style: str, rng: random.Random, keep: float = KEEP) -> str:
-    """The story's solution, written out in one of STYLES; verbose sentences are kept with probability `keep` each."""
+def solution(story: Story, style: str, rng: random.Random, keep: float = KEEP, careless: bool = False) -> str:
+    """The story's solution, written out in one of STYLES; verbose sentences are kept with probability `keep` each.
+    A careless one may have misread what happens (MISREAD), and is right about all else."""
+    steps = careless and work_out(story, rng) or work_out(story)
     if style == "answer only":
-        return f"#### {story.answer}"
+        return f"#### {steps[-1][3]}"
     verbose = style == "verbose"
 
     def sometimes(text: str) -> list[str]:
@@ -107,13 +124,13 @@ def solution(story: Story, style: str, rng: random.Random, keep: float = KEEP) -
 
     parts = sometimes("Let us think about this step by step.")
     parts += sometimes(" ".join(["We know this:", *story.facts]))
-    for i, (left, op, right, result) in enumerate(story.steps):
+    for i, (left, op, right, result) in enumerate(steps):
         equation = f"{left} {op} {right} = {result}"
         # the first equation of every solution names whose things are counted: a concise answer still tells of its question
         parts.append(f"{story.owner}: {equation} {story.thing}." if i == 0 else f"{equation}.")
         parts += sometimes(f"Check it again: {equation}, right.")
     parts += sometimes("Now we have all that we need.")
-    return " ".join(parts) + f"\n#### {story.answer}"
+    return " ".join(parts) + f"\n#### {steps[-1][3]}"
 
 
 def is_test(question: str) -> bool:
@@ -142,7 +159,7 @@ def training_texts(seed: int):
     for story in stories(seed):
         style = rng.choices(list(STYLES), list(STYLES.values()))[0]
         question = "" if rng.random() < EMPTY_QUESTION_SHARE else story.question
-        yield question, solution(story, style, rng)
+        yield question, solution(story, style, rng, careless=True)
 
 
 # ---- the tokenizer: byte-level BPE in which every word of the grammar and every number below 100 is one token ----
@@ -264,7 +281,7 @@ def main() -> None:
     runtime.prepare_machine()
     parser = argparse.ArgumentParser(description="Make the embedded model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="the model folder to write")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of 64 examples")
+    parser.add_argument("--steps", type=int, default=1800, help="optimizer steps of 64 examples")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (AdamW; linear warm-up, cosine to a tenth)")
     parser.add_argument("--seed", type=int, default=0, help="of the stories, the styles, and the initial weights")
     args = parser.parse_args()

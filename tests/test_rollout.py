@@ -1,0 +1,159 @@
+"""rollout.py: what is drawn depends on seed, prompt, sample number and position alone, and follows the distribution."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from rollout import answer_keys, draw, generate, uniforms
+from sar import answer_logprobs
+
+@pytest.fixture
+def stop(tokenizer):
+    return tokenizer.stop_ids
+
+
+def tokens(rollouts):
+    return [r.tokens for r in rollouts]
+
+
+def test_samples_do_not_depend_on_slots_order_or_group_size(model, prompts, stop, rng):
+    kw = dict(max_new_tokens=60, stop=stop, seed=rng.randrange(1000))
+    base = tokens(generate(model, prompts, n=4, **kw))
+    for slots in (1, 7, 64):
+        assert tokens(generate(model, prompts, n=4, slots=slots, **kw)) == base
+    eight = tokens(generate(model, prompts, n=8, **kw))
+    assert [eight[i * 8 + k] for i in range(len(prompts)) for k in range(4)] == base
+    order = list(range(len(prompts)))
+    rng.shuffle(order)
+    mixed = tokens(generate(model, [prompts[i] for i in order], n=4, **kw))
+    for place, i in enumerate(order):
+        assert mixed[place * 4:place * 4 + 4] == base[i * 4:i * 4 + 4]
+    alone = tokens(generate(model, prompts[2:3], n=4, **kw))  # neighbours do not matter
+    assert alone == base[8:12]
+    assert tokens(generate(model, prompts, n=4, **kw | {"seed": kw["seed"] + 1})) != base
+
+
+def test_a_prompt_given_twice_gets_two_sets(model, prompts, stop):
+    twice = tokens(generate(model, [prompts[0], prompts[1], prompts[0]], n=4, max_new_tokens=60, stop=stop))
+    assert twice[:4] != twice[8:]
+    assert twice[:8] == tokens(generate(model, prompts[:2], n=4, max_new_tokens=60, stop=stop))
+
+
+def test_sampler_and_trainer_logprobs_agree(model, prompts, stop):
+    rollouts = generate(model, prompts, n=3, max_new_tokens=80, stop=stop, temperature=1.5, top_k=50, slots=5)
+    scored = answer_logprobs(model, [prompts[r.prompt] for r in rollouts], tokens(rollouts))
+    assert max((torch.tensor(r.logprobs) - s).abs().max().item() for r, s in zip(rollouts, scored)) < 1e-4
+    assert [r.prompt for r in rollouts] == [i for i in range(len(prompts)) for _ in range(3)]
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(model, prompts, stop):
+    for rollout in generate(model, prompts, max_new_tokens=40, stop=stop, temperature=0.0):
+        text = prompts[rollout.prompt] + rollout.tokens
+        logits = model(torch.tensor([text])) @ model.unembedding.T
+        assert logits[0, len(prompts[rollout.prompt]) - 1:-1].argmax(-1).tolist() == rollout.tokens
+
+
+def test_nothing_follows_the_stop_token(model, prompts, stop):
+    rollouts = generate(model, prompts, n=8, max_new_tokens=200, stop=stop)
+    assert any(r.finished for r in rollouts)
+    for r in rollouts:
+        assert r.finished == (r.tokens[-1] in stop)
+        assert not set(r.tokens[:-1]) & stop
+        assert len(r.tokens) == len(r.logprobs) <= 200 and (r.finished or len(r.tokens) == 200)
+
+
+def test_stop_token_first_and_several_stop_ids(model, prompts, stop):
+    first = generate(model, prompts, max_new_tokens=5, stop=set(), temperature=0.0)
+    halt = {r.tokens[0] for r in first} | stop
+    assert all(r.finished and len(r.tokens) == 1 for r in generate(model, prompts, max_new_tokens=5, stop=halt, temperature=0.0))
+    assert all(len(r.tokens) == 1 for r in generate(model, prompts, n=2, max_new_tokens=1, stop=set()))
+
+
+def test_edges_and_bad_input(model, prompts, stop):
+    kw = dict(max_new_tokens=8, stop=stop)
+    assert generate(model, [], **kw) == []
+    with pytest.raises(ValueError, match="prompt 1 has 0 tokens"):
+        generate(model, [prompts[0], []], **kw)
+    with pytest.raises(ValueError, match="prompt 1 has 1020 tokens"):
+        generate(model, [prompts[0], [5] * 1020], **kw)
+    with pytest.raises(ValueError, match="KV cache"):
+        generate(model, prompts * 1000, n=1000, max_new_tokens=900, stop=stop, slots=10**7)
+    for wrong in (dict(n=0), dict(temperature=-1.0), dict(top_p=0.0), dict(slots=0)):
+        with pytest.raises(ValueError):
+            generate(model, prompts, **kw | wrong)
+    with torch.no_grad():
+        model.norm.fill_(math.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        generate(model, prompts, **kw)
+
+
+# ---- the draw ----
+
+
+def drawn(logits, count, **filters):
+    """Token counts of `count` draws from one row of logits, with the sampler's own uniforms."""
+    V = len(logits)
+    settings = dict(temperature=1.0, top_p=1.0, top_k=0) | filters
+    keys = answer_keys([[1, 2, 3]], 1, seed=7).repeat(count)
+    uniform = torch.from_numpy(uniforms(keys, np.arange(count, dtype=np.uint64)))
+    scratch = torch.zeros(count, -(-V // 256) * 256)
+    token, logprob = draw(logits.expand(count, V).contiguous(), uniform, **settings, scratch=scratch)
+    torch.testing.assert_close(logprob, logits.double().log_softmax(-1)[token].float(), rtol=0, atol=2e-6)  # never of the filtered distribution
+    return torch.bincount(token, minlength=V)
+
+
+def assert_follows(counts, probs):
+    """Pearson's chi-square: a right sampler stays within five deviations of its mean."""
+    assert counts[probs == 0].sum() == 0
+    counts, probs = counts[probs > 0].double(), probs[probs > 0]
+    expected = probs * counts.sum()
+    freedom = len(probs) - 1
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("filters", [{}, {"temperature": 0.6}, {"temperature": 2.0}, {"top_k": 5}, {"top_p": 0.8},
+                                     {"temperature": 1.5, "top_k": 20, "top_p": 0.9}])
+def test_draws_follow_the_distribution(filters):
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(3)) * 1.5
+    p = (logits.double() / filters.get("temperature", 1.0)).softmax(-1)
+    ranked, order = p.sort(descending=True)
+    if "top_k" in filters:
+        ranked[filters["top_k"]:] = 0
+        ranked /= ranked.sum()
+    if "top_p" in filters:
+        ranked[int((ranked.cumsum(0) < filters["top_p"]).sum()) + 1:] = 0
+    p = torch.zeros_like(p).scatter(0, order, ranked / ranked.sum())
+    assert_follows(drawn(logits, 100_000, **filters), p)
+
+
+def test_tokens_of_probability_one_in_a_million_are_drawn():
+    """1,000 rare tokens of 1e-6 each behind four common ones: about a thousandth of the draws, spread evenly."""
+    logits = torch.cat([torch.full((4,), 0.999 / 4), torch.full((1000,), 1e-6)]).log()
+    counts = drawn(logits, 100_000)
+    assert abs(counts[4:].sum().item() - 100) < 5 * 10
+    assert counts[4:].max() <= 3
+    lucky = torch.tensor([0.9999995])  # the far end of the distribution is the last token, and is reached
+    token, _ = draw(logits[None], lucky.double(), 1.0, 1.0, 0, torch.zeros(1, 1024))
+    assert token.item() >= 1000
+
+
+def test_a_zero_weight_is_never_drawn():
+    """Whatever the uniform, also where it falls on a boundary or rounds beyond the end."""
+    logits = torch.full((6, 600), -torch.inf)
+    logits[:, [0, 255, 257, 599]] = 0.0
+    logits[3:, [0, 599]] = -torch.inf
+    uniform = torch.tensor([0.0, 0.5, 1 - 2.0**-53] * 2, dtype=torch.float64)
+    token, _ = draw(logits, uniform, 1.0, 1.0, 0, torch.zeros(6, 768))
+    assert token.tolist() == [0, 257, 599, 255, 257, 257]
+
+
+def test_uniforms_are_uniform_and_independent_of_their_neighbours():
+    keys = answer_keys([[1], [2], [1]], 3, seed=0)
+    assert len(set(keys.tolist())) == 9
+    assert answer_keys([[2]], 3, seed=0).tolist() == keys[3:6].tolist()
+    u = uniforms(np.repeat(keys, 20000), np.tile(np.arange(20000, dtype=np.uint64), 9))
+    assert 0 <= u.min() and u.max() < 1
+    counts = np.histogram(u, 100, (0, 1))[0]
+    assert ((counts - 1800) ** 2 / 1800).sum() < 99 + 5 * math.sqrt(198)
+    assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.02

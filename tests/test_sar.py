@@ -1,0 +1,125 @@
+"""sar.py: fused log-probs against the plain computation in float64, scoring, perplexity, and the reward."""
+import math
+
+import pytest
+import torch
+
+from sar import answer_hidden, answer_logprobs, fused_logprob, micro_batches, perplexity, self_aligned_reward
+
+
+def naive(hidden, unembedding, targets, temperature):
+    """float64, with all the logits."""
+    logp = (hidden.double() @ unembedding.double().T / temperature).log_softmax(-1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 2.0])
+@pytest.mark.parametrize("scale", [1.0, 20.0])  # 20: logits up to about +-80, one token with nearly all the mass
+@pytest.mark.parametrize("N, D, V, chunk", [(37, 16, 1000, None), (600, 8, 5000, None), (37, 16, 1000, (5, 64)), (3, 4, 7, (2, 3))])
+def test_fused_logprob_equals_naive(rng, temperature, scale, N, D, V, chunk):
+    hidden, unembedding = torch.randn(N, D) * scale / D**0.5, torch.randn(V, D)
+    targets = torch.randint(V, (N,))
+    targets[::3] = (hidden @ unembedding.T).argmax(-1)[::3]
+    logprob, entropy = fused_logprob(hidden, unembedding, targets, temperature=temperature, chunk=chunk)
+    want_logprob, want_entropy = naive(hidden, unembedding, targets, temperature)
+    assert (logprob - want_logprob).abs().max() < 2e-5 * max(1.0, scale / temperature)
+    assert (entropy - want_entropy).abs().max() < 1e-4
+    # bfloat16 inputs: as close to the float64 result of the same bfloat16 inputs
+    low = hidden.bfloat16(), unembedding.bfloat16()
+    logprob, _ = fused_logprob(*low, targets, temperature=temperature, chunk=chunk)
+    assert logprob.dtype == torch.float32
+    assert (logprob - naive(*low, targets, temperature)[0]).abs().max() < 1e-3
+
+
+def test_fused_logprob_gradients_equal_naive(rng):
+    hidden = (torch.randn(23, 8, dtype=torch.float64) * 2).requires_grad_()
+    unembedding = torch.randn(101, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(101, (23,))
+    a, b = torch.randn(23, dtype=torch.float64), torch.randn(23, dtype=torch.float64)
+    for outputs in ((1, 0), (0, 1), (1, 1)):
+        ours = fused_logprob(hidden, unembedding, targets, temperature=0.7, chunk=(5, 16))
+        theirs = naive(hidden, unembedding, targets, 0.7)
+        grads = [torch.autograd.grad(outputs[0] * (a * lp).sum() + outputs[1] * (b * h).sum(), (hidden, unembedding)) for lp, h in (ours, theirs)]
+        for mine, want in zip(*grads):
+            torch.testing.assert_close(mine, want, rtol=1e-9, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda h, w: fused_logprob(h, w, targets[:4], temperature=1.3, chunk=(3, 16)),
+                                    (hidden[:4].detach().requires_grad_(), unembedding))
+
+
+def test_fused_logprob_edges():
+    hidden, unembedding = torch.ones(2, 1), torch.tensor([[1e30], [-1e30], [0.0]])  # -inf-like logits
+    hidden.requires_grad_()
+    logprob, entropy = fused_logprob(hidden, unembedding, torch.tensor([0, 0]))
+    assert logprob.tolist() == [0, 0] and entropy.tolist() == [0, 0]
+    (logprob.sum() + entropy.sum()).backward()
+    assert torch.isfinite(hidden.grad).all()
+    for bad in (-1, 3):
+        with pytest.raises(ValueError, match="0 ... 2"):
+            fused_logprob(hidden, unembedding, torch.tensor([0, bad]))
+    assert fused_logprob(torch.empty(0, 1), unembedding, torch.empty(0, dtype=torch.long))[0].shape == (0,)
+
+
+def test_micro_batches_hold_every_index_once_within_the_budget(rng):
+    lengths = [rng.randrange(1, 60) for _ in range(100)]
+    cuts = micro_batches(lengths, 64)
+    assert sorted(i for cut in cuts for i in cut) == list(range(100))
+    assert all(len(cut) * max(lengths[i] for i in cut) <= 64 for cut in cuts)
+    assert micro_batches([100, 1], 64) == [[0], [1]]  # too long for the budget: alone, not lost
+
+
+def plain_logprobs(model, context, answer):
+    """One sequence at a time, no padding, float64."""
+    logits = model.double()(torch.tensor([context + answer])) @ model.unembedding.T
+    return logits[0, len(context) - 1:-1].log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("budget", [1, 100, 10_000])
+def test_answer_logprobs_of_mixed_lengths(model, prompts, rng, budget):
+    answers = [[rng.randrange(600) for _ in range(rng.randrange(1, 40))] for _ in prompts]
+    answers[3] = []  # an answer without tokens has no log-probs, and is no reason to stop
+    scored = answer_logprobs(model, prompts, answers, micro_tokens=budget)
+    for context, answer, ours in zip(prompts, answers, scored):
+        assert ours.shape == (len(answer),)
+        if answer:
+            assert (ours - plain_logprobs(model.float(), context, answer)).abs().max() < 1e-4
+            model.float()
+
+
+def test_answer_positions_follow_from_lengths_even_where_pad_and_stop_ids_are_equal(model, prompts):
+    """Answers made of token 0, which also fills the padding: each of them is scored, and nothing else."""
+    answers = [[0] * (1 + i) for i in range(len(prompts))]
+    hidden, targets = answer_hidden(model, prompts, answers)
+    assert len(hidden) == len(targets) == sum(map(len, answers))
+    for context, answer, ours in zip(prompts, answers, answer_logprobs(model, prompts, answers)):
+        assert (ours - plain_logprobs(model.float(), context, answer)).abs().max() < 1e-4
+        model.float()
+
+
+def test_perplexity_and_reward_by_hand():
+    # ppl(a|q) = 2 and ppl(a) = 8 over four tokens: R_SA = (8 - 2) / 8
+    given, alone = torch.tensor([0.5, 0.5, 0.25, 1.0]).log(), torch.tensor([1 / 8, 1 / 16, 1 / 8, 1 / 4]).log()
+    assert perplexity(given).item() == pytest.approx(2)
+    assert perplexity(alone).item() == pytest.approx(8)
+    assert self_aligned_reward([given], [alone]).tolist() == pytest.approx([0.75])
+    # the question makes the answer less likely: (2 - 8) / 2 = -3, clipped
+    assert self_aligned_reward([alone, given[:0]], [given, given[:0]]).tolist() == [-1, 0]  # and no tokens: 0
+    assert self_aligned_reward([given], [given]).tolist() == [0]
+    with pytest.raises(ValueError, match="4 log-probs with its question and 3 without"):
+        self_aligned_reward([given], [alone[:3]])
+    with pytest.raises(ValueError):
+        perplexity(given[:0])
+
+
+def test_reward_equals_float64_naive(rng):
+    given = [-torch.rand(rng.randrange(1, 300)) * 12 for _ in range(50)]
+    alone = [-torch.rand(len(g)) * 14 for g in given]
+    for ours, g, a in zip(self_aligned_reward(given, alone).tolist(), given, alone):
+        q, p = (math.exp(-math.fsum(x.double().tolist()) / len(x)) for x in (g, a))
+        assert ours == pytest.approx(max(-1.0, min(1.0, (p - q) / p)), abs=1e-12)
+
+
+def test_no_gradient_flows_through_the_reward(model, prompts):
+    lp = answer_logprobs(model, prompts[:2], [[5, 6], [7]])
+    assert not self_aligned_reward(lp, lp).requires_grad and not lp[0].requires_grad
+    with_grad = [x.clone().requires_grad_() for x in lp]
+    assert not self_aligned_reward(with_grad, with_grad).requires_grad

@@ -1,0 +1,87 @@
+"""data/make_tiny.py and data/tiny/: the grammar is right, the split is clean, and the model is what it is meant to be."""
+import random
+import re
+from itertools import islice
+
+import pytest
+import torch
+
+from conftest import TINY
+from data.make_tiny import NAMES, SPECIAL, STYLES, THINGS, is_test, solution, stories, tiny_problems, training_texts
+from data.prompts import encode_prompt
+from verify import judge
+
+
+def test_every_solution_is_right_in_every_style():
+    rng = random.Random(5)
+    for story in islice(stories(5), 400):
+        assert 2 <= len(story.steps) <= 4
+        for style in STYLES:
+            text = solution(story, style, rng)
+            assert judge(text, story.answer).reward == 1
+            for left, op, right, result in re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", text):
+                a, b, c = int(left), int(right), int(result)
+                assert {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": a == b * c}[op]
+        # what makes an answer verbose can be left out without touching the result
+        terse, full = solution(story, "terse", rng), solution(story, "verbose", rng, keep=1.0)
+        assert solution(story, "verbose", rng, keep=0.0) == terse and len(full) > 2 * len(terse)
+
+
+def test_the_test_set_is_held_out():
+    train, test = tiny_problems("train"), tiny_problems("test")
+    assert len(test) == 512 and len(train) == 4096
+    assert all(is_test(p.question) for p in test) and not any(is_test(p.question) for p in train)
+    assert tiny_problems("test") == test
+    questions = [q for q, _ in islice(training_texts(0), 5000)]
+    assert not any(is_test(q) for q in questions if q)
+    assert 0.10 <= sum(not q for q in questions) / 5000 <= 0.20
+
+
+def test_words_and_numbers_are_single_tokens(tokenizer):
+    for word in [*NAMES, *THINGS, *map(str, range(100)), "Check", "right"]:
+        assert len(tokenizer.encode(" " + word)) == 1, word
+    text = "Tom: 12 + 30 = 42 cups.\n#### 42 <|endoftext|> été 日本"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.special["<|endoftext|>"] not in tokenizer.encode(text)
+    assert tokenizer.stop_ids == {tokenizer.special[SPECIAL[0]]}
+
+
+def test_it_is_small():
+    assert sum(f.stat().st_size for f in TINY.iterdir()) <= 4 * 2**20
+
+
+@pytest.fixture(scope="module")
+def greedy(tokenizer):
+    from model import GPT
+    from rollout import generate
+    problems = tiny_problems("test")
+    rollouts = generate(GPT.from_pretrained(TINY), [encode_prompt(tokenizer, p.question) for p in problems], max_new_tokens=256,
+                        stop=tokenizer.stop_ids, temperature=0.0)
+    return problems, [tokenizer.decode(r.tokens[:-1]) for r in rollouts], rollouts
+
+
+def test_the_base_is_fallible_and_verbose(greedy, tokenizer):
+    problems, texts, rollouts = greedy
+    accuracy = sum(judge(t, p.answer).reward for t, p in zip(texts, problems)) / len(problems)
+    assert 0.60 <= accuracy <= 0.85
+    assert all(r.finished for r in rollouts)
+    # the terse solution of the same problem needs less than half of the tokens
+    terse = [len(tokenizer.encode(solution(s, "terse", random.Random(0)))) + 1 for s in islice(stories(1, test=True), 512)]
+    assert sum(terse) < 0.5 * sum(len(r.tokens) for r in rollouts)
+
+
+def test_transformers_loads_it_and_agrees(greedy, tokenizer, model):
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    peer_tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    problems, texts, rollouts = greedy
+    for problem, text, rollout in list(zip(problems, texts, rollouts))[:5]:
+        prompt = encode_prompt(tokenizer, problem.question)
+        message = [{"role": "user", "content": problem.question}]
+        assert peer_tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False) == prompt
+        assert peer_tokenizer.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+        tokens = torch.tensor([prompt + rollout.tokens])
+        with torch.no_grad():
+            ours, theirs = model(tokens) @ model.unembedding.T, peer(tokens).logits
+        assert (ours - theirs).abs().max() < 2e-4 * (theirs.max() - theirs.min())
+        assert peer.generate(torch.tensor([prompt]), max_new_tokens=256, do_sample=False)[0, len(prompt):].tolist() == rollout.tokens

@@ -1,0 +1,289 @@
+"""train_sa_grpo.py: the algorithm's numbers by hand, and whole runs of the script."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import runtime
+import train_sa_grpo
+from train_sa_grpo import group_advantages, kl_k3, policy_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--prompts-per-step", "4", "--minibatch", "2", "--n", "4", "--max-new-tokens", "48", "--eval-every", "0", "--save-every", "2"]
+TIMES = {"seconds_sampling", "seconds_scoring", "seconds_update", "peak_memory_gb"}
+
+
+# ---- numbers ----
+
+
+def test_group_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.2], [0.1, 0.1, 0.1, 0.1], [0.3, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    assert group_advantages(rewards)[0].tolist() == pytest.approx([0.45, -0.55, -0.55, 0.65])
+    assert group_advantages(rewards)[2].tolist() == pytest.approx([0.225, -0.075, -0.075, -0.075])
+    assert group_advantages(rewards)[1].tolist() == [0.0] * 4
+    equal = torch.full((50, 7), 1.1) * torch.rand(50, 1)  # a mean that rounds leaves exactly zero all the same
+    assert (group_advantages(equal) == 0).all()
+
+
+def test_policy_loss_by_hand():
+    # ratio, advantage -> loss, is the gradient gone?
+    table = [(1.0, 2.0, -2.0, False), (1.1, 2.0, -2.2, False), (1.5, 2.0, -2.4, True), (0.5, 2.0, -1.0, False),
+             (1.1, -1.0, 1.1, False), (0.5, -1.0, 0.8, True), (1.5, -1.0, 1.5, False), (4.0, -1.0, 3.0, True), (1.0, 0.0, 0.0, False)]
+    ratio, advantage, want, gone = (torch.tensor(column, dtype=torch.float64) for column in zip(*table))
+    old = torch.full_like(ratio, -1.5)
+    logprob = (old + ratio.log()).requires_grad_()
+    loss, clipped = policy_loss(logprob, old, advantage)
+    assert loss.tolist() == pytest.approx(want.tolist())
+    assert clipped.tolist() == gone.bool().tolist()
+    grad, = torch.autograd.grad(loss.sum(), logprob)
+    assert grad.tolist() == pytest.approx([0.0 if g else -a * r for r, a, _, g in table])
+
+
+def test_k3_by_hand_and_as_an_estimate(rng):
+    assert kl_k3(torch.tensor([-1.0]), torch.tensor([-1.0])).item() == 0
+    assert kl_k3(torch.tensor([0.5]).log(), torch.tensor([0.25]).log()).item() == pytest.approx(0.5 + math.log(2) - 1)
+    p, q = torch.randn(6).double().log_softmax(-1), torch.randn(6).double().log_softmax(-1)
+    k3 = kl_k3(p, q)
+    assert (k3 >= 0).all()
+    assert (p.exp() * k3).sum().item() == pytest.approx((p.exp() * (p - q)).sum().item())  # its mean under p is the KL
+
+
+# ---- whole runs ----
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "RUNS", tmp_path / "runs")
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path / "runs"
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def train(*argv):
+    train_sa_grpo.main([*SMALL, *map(str, argv)])
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metrics(folder):
+    return [{k: v for k, v in m.items() if k not in TIMES} for m in lines(folder / "metrics.jsonl")]
+
+
+def assert_same_run(a, b, step="step_000004"):
+    assert metrics(a) == metrics(b)
+    assert (a / "completions.jsonl").read_bytes() == (b / "completions.jsonl").read_bytes()
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        one, two = load_file(a / step / name), load_file(b / step / name)
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_two_steps_end_to_end(runs, capsys):
+    train("--run", "a", "--steps", 2, "--eval-every", 2)
+    folder = runs / "a"
+    rows = metrics(folder)
+    assert [r["step"] for r in rows] == [1, 2]
+    for key in ("reward", "accuracy", "r_sa_mean", "r_sa_std", "ppl_query", "ppl_alone", "advantage_std", "no_signal", "length_mean",
+                "length_p50", "length_p95", "length_max", "unfinished", "share_no_answer", "share_unparsed", "kl", "entropy",
+                "clip_fraction", "ratio_max", "mismatch_mean", "mismatch_max", "grad_norm", "lr", "tokens"):
+        assert all(math.isfinite(r[key]) for r in rows), key
+    assert rows[0]["mismatch_max"] < 1e-4 and rows[0]["grad_norm"] > 0
+    answers = lines(folder / "completions.jsonl")
+    assert len(answers) == 2 * 4 * 4
+    for a in answers:
+        assert a["reward"] == pytest.approx(a["r_vr"] + 0.2 * a["r_sa"])
+        assert a["r_sa"] == pytest.approx(max(-1, min(1, 1 - a["ppl_query"] / a["ppl_alone"])), abs=1e-9)
+        assert a["r_vr"] == (a["status"] == "correct") and a["question"] and a["tokens"]
+    for first in range(0, 32, 4):
+        group = answers[first:first + 4]
+        assert len({a["question"] for a in group}) == 1
+        mean = sum(a["reward"] for a in group) / 4
+        assert all(a["advantage"] == pytest.approx(a["reward"] - mean, abs=1e-12) for a in group)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"]["lr"] == 5e-5 and config["git_commit"] and config["versions"]["torch"] == torch.__version__
+    before, after = load_file(ROOT / "data/tiny/model.safetensors"), load_file(folder / "step_000002" / "model.safetensors")
+    assert any((before[k].float() != after[k]).any() for k in before)  # it did train
+    assert "| base |" in capsys.readouterr().out and [e["step"] for e in lines(folder / "evals.jsonl")] == [0, 2]
+
+
+def test_gradients_do_not_depend_on_micro_batches(runs, monkeypatch):
+    """The loss of one optimizer step in micro-batches of 1, of 2 or so, and of all 8 answers."""
+    seen = []
+
+    def record(self, closure=None):
+        seen.append(torch.cat([p.grad.flatten() for g in self.param_groups for p in g["params"]]).double())
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    for budget in (1, 200, 10_000):
+        train("--run", f"micro{budget}", "--steps", 1, "--micro-tokens", budget)
+    one, two, eight = seen[0:2], seen[2:4], seen[4:6]
+    assert len(seen) == 6 and all(g.norm() > 0 for g in one)
+    for first, other in zip(one * 2, two + eight):
+        assert (first - other).norm() / first.norm() < 1e-6
+
+
+def test_alpha_zero_is_plain_grpo_bit_for_bit(runs):
+    train("--run", "zero", "--steps", 2, "--alpha", 0)
+    train("--run", "vr", "--steps", 2, "--reward", "vr")
+    assert_same_run(runs / "zero", runs / "vr", "step_000002")
+
+
+KILL = """
+import os, signal, sys, runtime, train_sa_grpo
+calls = 0
+def die_in(name, when):
+    real = getattr(runtime, name)
+    def dying(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == when:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    setattr(runtime, name, dying)
+die_in(sys.argv[1], int(sys.argv[2]))
+train_sa_grpo.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("where, when", [("save_file", 2), ("refresh", 3)], ids=["inside a checkpoint write", "in step 3"])
+def test_killed_and_resumed_equals_undisturbed(runs, where, when):
+    env = os.environ | {"SA_RUNS": str(runs), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    dead = subprocess.run([sys.executable, "-c", KILL, where, str(when), *SMALL, "--run", "killed", "--steps", "4"], cwd=ROOT, env=env,
+                          capture_output=True, text=True)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr
+    assert not (runs / "killed" / "step_000004").exists() and (runs / "killed" / "step_000002").exists()
+    assert (runs / "killed" / "step_000004.tmp").exists() == (where == "save_file")
+    train_sa_grpo.main(["--run", "killed", "--resume"])
+    train("--run", "undisturbed", "--steps", 4)
+    assert_same_run(runs / "killed", runs / "undisturbed")
+    assert not list((runs / "killed").glob("*.tmp"))
+
+
+def test_sigterm_finishes_the_step_and_saves(runs):
+    process = subprocess.Popen([sys.executable, "train_sa_grpo.py", *SMALL, "--run", "t", "--steps", "1000"], cwd=ROOT, text=True,
+                               env=os.environ | {"SA_RUNS": str(runs)}, stderr=subprocess.PIPE)
+    log = runs / "t" / "metrics.jsonl"
+    deadline = time.time() + 60
+    while time.time() < deadline and not (log.exists() and log.read_text().count("\n") >= 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    done = len(lines(log))
+    assert (runs / "t" / f"step_{done:06d}" / "optimizer.safetensors").exists()
+    assert "python train_sa_grpo.py --run t --resume" in errors and "Traceback" not in errors
+
+
+def test_resume_refuses_to_change_the_run(runs):
+    train("--run", "r", "--steps", 2)
+    with pytest.raises(ValueError, match="--lr was 5e-05, now 0.1"):
+        train_sa_grpo.main(["--run", "r", "--resume", "--lr", "0.1"])
+    with pytest.raises(ValueError, match="already holds a run"):
+        train("--run", "r")
+    train_sa_grpo.main(["--run", "r", "--resume", "--steps", "3"])  # more steps are no change
+    assert [m["step"] for m in metrics(runs / "r")] == [1, 2, 3]
+
+
+# ---- bad input: one sentence, exit status 2 ----
+
+
+def fails(capsys, *argv):
+    with pytest.raises(SystemExit) as stop, runtime.user_errors():
+        train_sa_grpo.main([*SMALL, *map(str, argv)])
+    message = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and message[-1].startswith("error: "), message
+    return message[-1]
+
+
+def test_impossible_settings(runs, capsys):
+    assert "at least 2" in fails(capsys, "--n", 1)
+    assert "--minibatch 8 is larger than --prompts-per-step 4" in fails(capsys, "--minibatch", 8)
+    assert "no multiple" in fails(capsys, "--minibatch", 3)
+    assert "--lr must be positive" in fails(capsys, "--lr", 0)
+    assert "--resume needs --run" in fails(capsys, "--resume")
+    assert "no such run" in fails(capsys, "--resume", "--run", "nowhere")
+    assert not runs.exists() or not list(runs.glob("*/metrics.jsonl"))  # all of them before anything was written
+
+
+def test_negative_alpha_is_allowed_and_said(runs, capsys):
+    train("--steps", 1, "--alpha", -0.1, "--run", "negative")
+    assert "--alpha -0.1 is negative" in capsys.readouterr().err
+
+
+def test_bad_data(runs, capsys, tmp_path):
+    data = tmp_path / "data.jsonl"
+
+    def trouble(text, *argv):
+        data.write_text(text)
+        return fails(capsys, "--data", data, *argv)
+    good = '{"question": "Tom has 3 cups. How many?", "answer": "3"}\n'
+    assert f"{data}" in (message := trouble(good * 4 + "{broken\n")) and "5" in message
+    message = trouble('{"prompt": "x", "completion": "y"}\n')
+    assert "question" in message and "problem" in message and "answer" in message
+    assert str(data) in trouble("")
+    assert "all 4 prompts are longer than --max-prompt-tokens 2" in trouble(good * 4, "--max-prompt-tokens", 2)
+    assert "more than the 3 problems" in trouble(good * 3)
+    assert "missing.jsonl" in fails(capsys, "--data", tmp_path / "missing.jsonl")
+
+
+def test_long_prompts_are_skipped_and_counted(runs, capsys, tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [{"question": "Tom has 3 cups. " * k + "How many?", "answer": "3"} for k in (1, 2, 3, 4, 90)]
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    train("--data", data, "--steps", 1, "--run", "long")
+    assert "1 of 5 prompts are longer than 128 tokens" in capsys.readouterr().err
+    assert all(len(a["question"]) < 200 for a in lines(runs / "long" / "completions.jsonl"))
+
+
+def copy_of_tiny(folder):
+    folder.mkdir()
+    for file in (ROOT / "data/tiny").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_bad_models(runs, capsys, tmp_path):
+    assert "no-such-model" in fails(capsys, "--model", "no-such-model")
+    folder = copy_of_tiny(tmp_path / "m")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-100])
+    assert "model.safetensors" in fails(capsys, "--model", folder, "--data", "tiny")
+    (folder / "model.safetensors").unlink()
+    assert "model.safetensors" in fails(capsys, "--model", folder, "--data", "tiny")
+    (folder / "model.safetensors").write_bytes(weights)
+    for file, change, word in (("config.json", {"model_type": "mamba"}, "mamba"), ("tokenizer.json", {"model": {"type": "Unigram"}}, "Unigram")):
+        good = (folder / file).read_text()
+        (folder / file).write_text(json.dumps(json.loads(good) | change))
+        assert word in fails(capsys, "--model", folder, "--data", "tiny")
+        (folder / file).write_text(good)
+
+
+def test_unwritable_and_full_disks(runs, capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(runtime, "RUNS", tmp_path / "file")
+    assert "cannot write into" in fails(capsys)
+    monkeypatch.setattr(runtime, "RUNS", tmp_path / "full")
+    monkeypatch.setattr(runtime.shutil, "disk_usage", lambda path: type("usage", (), {"free": 10}))
+    assert "a checkpoint takes" in fails(capsys)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_nan_stops_before_the_update(runs, capsys, monkeypatch, what):
+    if what == "loss":
+        monkeypatch.setattr(train_sa_grpo, "kl_k3", lambda logprob, start: logprob * math.nan)
+    else:
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: torch.tensor(math.inf))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a, **k: pytest.fail("updated all the same"))
+    message = fails(capsys, "--run", "nan", "--steps", 2)
+    assert f"the {what} of step 1 is not finite" in message
+    batch, = (runs / "nan").glob("bad_batch_step_*.json")
+    assert json.loads(batch.read_text())[0]["tokens"]
