@@ -48,11 +48,12 @@ def user_errors():
 # ---- the command line ----
 
 
-def common_arguments(parser: argparse.ArgumentParser, **own_defaults) -> None:
+def common_arguments(parser: argparse.ArgumentParser, ppo: dict | None = None, **own_defaults) -> None:
     """The flags of both training scripts, in the same words. Each is declared here once, with its unit, its source, and two
     defaults: the paper's (DESIGN.md's fidelity table; arXiv 2509.05489 and its public code) and the embedded model's.
 
-    own_defaults: {flag name: (paper's, tiny's)} where a script's algorithm has another default."""
+    own_defaults: {flag name: (paper's, tiny's)} where a script's algorithm has another default.
+    ppo: {flag: (paper's, tiny's, text, type)} that PPO alone has."""
     pairs: dict[str, tuple] = {}
 
     def add(group, flag: str, paper, tiny, text: str, **options) -> None:
@@ -87,6 +88,9 @@ def common_arguments(parser: argparse.ArgumentParser, **own_defaults) -> None:
     add(group, "--kl-coef", 0.001, 0.001, "weight of the KL to the frozen start, in the loss (k3)", type=float)
     add(group, "--temperature", 1.0, 1.0, "of sampling; log-probs are those at temperature 1", type=float)
     add(group, "--seed", 0, 0, "of the order of questions and of every sample", type=int)
+
+    for flag, (paper, tiny, text, kind) in (ppo or {}).items():
+        add(group, flag, paper, tiny, text, type=kind)
 
     group = parser.add_argument_group("run and machine")
     group.add_argument("--run", help="the run's folder is runs/RUN (default: made of model, reward and time)")
@@ -126,10 +130,13 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         raise ValueError(f"--device {args.device}: PyTorch sees no GPU here")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     positive = ("steps", "prompts_per_step", "n", "minibatch", "epochs", "lr", "max_prompt_tokens", "max_new_tokens",
-                "temperature", "save_every", "micro_tokens")
+                "temperature", "save_every", "micro_tokens", "critic_lr")
     for name in positive:
-        if not getattr(args, name) > 0:
+        if not getattr(args, name, 1) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    for name, low, high in (("gamma", 0, 1), ("lam", 0, 1)):
+        if not low <= getattr(args, name, low) <= high:
+            raise ValueError(f"--{name} must lie between {low} and {high}, got {getattr(args, name)}")
     if args.kl_coef < 0 or args.eval_every < 0:
         raise ValueError(f"--kl-coef and --eval-every must not be negative, got {args.kl_coef} and {args.eval_every}")
     if args.minibatch > args.prompts_per_step:
@@ -166,7 +173,7 @@ def peak_memory_gb(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def warn_if_slow(args, parameters: int) -> None:
+def warn_if_slow(args, parameters: int, models: int = 1) -> None:
     """Say before a large model starts on a CPU what a step will take: memory from the parameter count, time from the matmul
     rate measured here and the largest number of tokens a step can have."""
     if args.device != "cpu" or parameters < 50e6:
@@ -180,7 +187,8 @@ def warn_if_slow(args, parameters: int) -> None:
     tokens = args.prompts_per_step * args.n * args.max_new_tokens
     # 2 flops per parameter and token: sampling, three scorings (policy, without the question, start), and 3 for the update
     hours = 14 * parameters * tokens / rate / 3600
-    memory = parameters * 4 * 5 / 1e9  # float32: weights, gradients, two moments, the frozen start
+    # float32: weights, gradients and two moments of each model that is trained, and the frozen start where a KL is asked for
+    memory = parameters * 4 * (4 * models + (args.kl_coef > 0)) / 1e9
     print(f"note: {parameters / 1e9:.2f}B parameters on a CPU ({rate / 1e9:.0f} GFLOP/s): about {memory:.0f} GB of memory and up to "
           f"{hours:.1f} hours per step of {tokens:,} tokens; smaller --prompts-per-step, --n or --max-new-tokens make it shorter",
           file=sys.stderr)
@@ -202,10 +210,9 @@ def refresh(sampler, policy) -> None:
 def count_parameters(folder: Path) -> int:
     """From the headers of the folder's safetensors files: nothing is loaded."""
     total = 0
-    for path in folder.glob("*.safetensors"):
-        if path.name != "optimizer.safetensors":
-            with safe_open(path, framework="pt") as file:
-                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
     return total
 
 
@@ -287,7 +294,7 @@ class Run:
     """
     LOGS = ("metrics.jsonl", "completions.jsonl", "evals.jsonl")
 
-    def __init__(self, args: argparse.Namespace, algorithm: str, parameters: int):
+    def __init__(self, args: argparse.Namespace, algorithm: str, parameters: int, models: int = 1):
         args.run = args.run or f"{algorithm}-{Path(args.model).name}-{args.reward}-{time.strftime('%m%d-%H%M%S')}"
         self.args, self.folder, self.step = args, RUNS / args.run, 0
         self.checkpoint: Path | None = None  # the newest whole one
@@ -311,7 +318,7 @@ class Run:
         except OSError as error:
             raise ValueError(f"cannot write into {self.folder}: {error.strerror}") from None
         free = shutil.disk_usage(self.folder).free
-        checkpoint_bytes = parameters * 3 * 4  # float32 weights and AdamW's two moments
+        checkpoint_bytes = models * parameters * 3 * 4  # float32 weights and AdamW's two moments
         if free < checkpoint_bytes:
             raise ValueError(f"{self.folder} has {free / 1e9:.2f} GB free, but a checkpoint takes {checkpoint_bytes / 1e9:.2f} GB: "
                              "free some space, or let runs/ be a link to a larger disk")
@@ -342,16 +349,19 @@ class Run:
                        and (p / "optimizer.safetensors").exists())
         return whole[-1] if whole else None
 
-    def save(self, step: int, model, tokenizer, optimizer) -> Path:
-        """Write step_XXXXXX/: a model folder that loads anywhere, plus optimizer.safetensors and state.json for resume. Only
-        the newest checkpoint keeps its optimizer state."""
+    def save(self, step: int, tokenizer, policy, optimizer, critic=None, critic_optimizer=None) -> Path:
+        """Write step_XXXXXX/: a model folder that loads anywhere, plus optimizer.safetensors and state.json for resume; PPO's
+        critic and its optimizer go beside them. Only the newest checkpoint keeps what resume alone needs."""
         place = self.folder / f"step_{step:06d}"
         scratch = place.with_suffix(".tmp")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        model.save_pretrained(scratch)
+        policy.save_pretrained(scratch)
         tokenizer.copy_to(scratch)
-        save_file(optimizer_tensors(model, optimizer), scratch / "optimizer.safetensors")
+        save_file(optimizer_tensors(policy, optimizer), scratch / "optimizer.safetensors")
+        if critic is not None:
+            save_file({name: p.detach().cpu().contiguous() for name, p in critic.named_parameters()}, scratch / "critic.safetensors")
+            save_file(optimizer_tensors(critic, critic_optimizer), scratch / "critic_optimizer.safetensors")
         for log in self.logs.values():
             log.flush()
             os.fsync(log.fileno())
@@ -362,9 +372,10 @@ class Run:
                 os.fsync(handle.fileno())
         shutil.rmtree(place, ignore_errors=True)  # of an earlier life of this run, past the point it resumed from
         scratch.rename(place)
-        for older in self.folder.glob("step_*/optimizer.safetensors"):
-            if older.parent != place:
-                older.unlink()
+        for name in ("optimizer", "critic", "critic_optimizer"):
+            for older in self.folder.glob(f"step_*/{name}.safetensors"):
+                if older.parent != place:
+                    older.unlink()
         return place
 
     def stop_on_nan(self, step: int, what: str, texts: list[str], answers: list[list[int]]) -> None:
@@ -396,6 +407,13 @@ def optimizer_tensors(model, optimizer) -> dict[str, torch.Tensor]:
     """AdamW's state as named tensors, e.g. model.norm.weight.exp_avg; empty before the first step."""
     names = {p: name for name, p in model.named_parameters()}
     return {f"{names[p]}.{key}": value.detach().cpu().contiguous() for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+@torch.no_grad()
+def load_parameters(path: Path, model) -> None:
+    saved = load_file(path)
+    for name, p in model.named_parameters():
+        p.copy_(saved[name])
 
 
 def load_optimizer(path: Path, model, optimizer) -> None:

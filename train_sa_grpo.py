@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
             runtime.refresh(sampler, policy)
             evaluate_now(done)
         if done % args.save_every == 0 or done == args.steps or run.stop_signal:
-            run.save(done, policy, tokenizer, optimizer)
+            run.save(done, tokenizer, policy, optimizer)
         if run.stop_signal:
             break
     bar.close()
