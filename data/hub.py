@@ -313,7 +313,7 @@ class Conversation(urllib.request.BaseHandler):
     def http_response(self, request, response):
         for name in ("x-linked-size", "x-linked-etag", "x-repo-commit"):
             if response.headers.get(name):
-                self.told.setdefault(name, response.headers[name])
+                self.told[name] = response.headers[name]
         if response.code == 200:  # a redirect's own length and tag are not the file's
             if response.headers.get("content-length"):
                 self.told["content-length"] = response.headers["content-length"]
