@@ -397,7 +397,7 @@ def test_a_stalled_server_does_not_hang(place, server, monkeypatch):
     server.faults["model.safetensors"] = "stall"
     start = time.monotonic()
     assert "timed out" in message(FileNotFoundError, "some/model")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20  # the server would keep it waiting for 30
     assert nothing_whole(place, "some/model") and not leftovers(place)
 
 
@@ -488,7 +488,6 @@ def test_an_endpoint_that_is_no_web_address(place, monkeypatch, address):
 
 
 def test_something_that_is_no_web_server(place, monkeypatch):
-    monkeypatch.setattr(hub, "TIMEOUT", 1)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         def talk():
             while True:
