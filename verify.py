@@ -1,4 +1,57 @@
-"""Final-answer extraction and equivalence: the verifiable part of the reward (docstring follows)."""
+r"""Does a response end in the right answer? Extraction, equivalence, and the verdict that becomes the reward R_VR.
+
+    judge(response, reference) -> Verdict(reward, answer, status)
+    extract_answer(response) -> str | None
+    is_equivalent(prediction, reference) -> bool
+
+Text goes through four small machines: a tokenizer (_tokens), a recursive-descent parser (_Parser), an evaluator in two
+kinds of arithmetic (_exact, _value) and a comparison of parsed answers (_same). Nothing is ever executed, every size is
+bounded by a constant below, and no regular expression can backtrack over more than a bounded stretch.
+
+Where the final answer of a response is (extract_answer). The first rule that applies decides:
+
+  R0  Only what follows the last </think> counts; if a <think> was never closed there is no answer.
+  R1  The last \boxed{...} or \fbox{...} that is not blank. If it is never closed the response was cut off: no answer.
+  R2  The last statement "answer is ...", "answers are ...", "answer: ...", "answer = ...", or what follows a line that
+      says only (Final) Answer: the formula if it begins with a math delimiter, else the words up to the end of the
+      sentence or up to because, since, so, which, as. If nothing follows, the response was cut off: no answer.
+  R3  The last line that begins with #### and a number (how GSM8K writes it).
+  R4  The whole response, if it is one line and a single word or without ordinary words.
+  R5  The last number.
+  R6  None.
+
+When two answers are equal (is_equivalent). It is symmetric, and there is no tolerance anywhere:
+
+  P1  The value counts, not the form: 2/4 is 1/2, \sqrt{8} is 2\sqrt{2}, (x+1)^2 is x^2+2x+1.
+  P2  A rounded decimal is not the exact value: 0.33 is not 1/3. Terminating decimals are exact rationals.
+  P3  A unit or counted noun on one side only is ignored; two units must be the same one, however spelled.
+  P4  Degree signs are units (but sin 30° is the sine of an angle in degrees).
+  P5  n% is n/100. A percent sign on one side only may also stand for nothing: 28% against 28.
+  P6  Lists with commas, semicolons, and, or are unordered, with or without braces. (1, 2) is ordered and never a set.
+  P7  A name in front (x =, f(x) =, (x, y) =, x \in) on one side only is ignored. 2x + z = 1 is not 1.
+  P8  Text: case, \text wrappers, blanks, periods, and parentheses round one letter do not matter.
+  P9  The brackets of a matrix do not matter, its shape and entries do.
+  P10 An inequality in one variable is the interval it describes.
+  P11 Equations are equal if terms are moved or both sides multiplied by a nonzero constant.
+  P12 a \pm b is the two values.
+  P13 A numeral's base must agree where both sides show one: 52_8 is not 52_7.
+  P14 Variables keep their case and their names: 3r is neither 3R nor 3s.
+  P15 Digits may be grouped in threes by a comma, {,}, \, or ,\! and by a blank.
+  P16 Left-over \boxed, $ and \( \) wrappers are ignored.
+  Roots are principal, except that odd roots of negative numbers are real; \sin^{-1} is the inverse function; log alone
+  is to base 10; i, e and pi are constants. Expressions in variables must agree for negative values too: \sqrt{x^2} is
+  |x|, not x. What cannot be read is equal only to the same spelling, and nothing undefined (1/0) equals anything else.
+
+What earns no reward although the right number may be in it (judge):
+
+  G1  No answer, or a blank one. Nothing that is only in an unfinished <think>, or in a box that was cut off.
+  G2  A last number (R5) that ends a list of numbers: nobody has committed to it. Lists under R1 to R4 are lists (P6).
+  G3  Boxes side by side, with fewer than five words or a hedge (or, maybe, another, ...) in between, count together as
+      one list; a correction (wait, no, actually, ...) or more words in between leaves the last one alone.
+  G4  A last number (R5) in or before a question or a task ("Find ...", "Compute ..."): the problem repeated.
+  G5  A choice (A to E, True, False) needs R1 to R4 or words that state it ("is False", "option B"), last one counts.
+  G6  A longer number that contains the reference: values are compared, never substrings.
+"""
 
 import decimal
 import itertools
@@ -6,6 +59,7 @@ import logging
 import math
 import random
 import re
+import string
 from decimal import Decimal
 from fractions import Fraction
 from typing import NamedTuple
@@ -67,6 +121,8 @@ _MARKER = re.compile(r"\banswers?[*_`\"'\s]{0,8}(?:\bis\b|\bare\b|:|=)"
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*\"'\u201d)_`\]]|$)|(?<=[0-9])\.(?=[A-Z])|;(?=\s|$)"
                            r"|[,\s]+(?:because|since|so|which|as)\b", re.IGNORECASE)
 _HASHES = re.compile(r"^####[ \t]*([-+\u2212]?(?:\\?\$|[\u20ac\u00a3])?[-+\u2212]?\.?[0-9][^\n]{0,200})", re.MULTILINE)
+_LEAD = re.compile(r"^\s*(?:therefore|thus|hence|simply|just|equal to)\s", re.IGNORECASE)
+_CALCULATION = re.compile(r"<<[^<>]*>>")                            # GSM8K's calculator marks
 _WORD = re.compile(r"\\text\s?\{[^{}]*\}|\\[A-Za-z]+|[^\W\d_]{2,}")
 _DELIMITERS = (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"), ("$", "$"))
 _QUOTES = (('"', '"'), ("'", "'"), ("`", "`"), ("\u201c", "\u201d"))
@@ -88,27 +144,26 @@ def _after_thinking(response: str) -> str:
     return "" if "<think>" in text else text
 
 
-def _locate(text: str) -> tuple[str | None, str, int]:
-    """(the answer, the rule that found it, where it starts), by R1 to R6 in that order."""
+def _locate(text: str) -> tuple[str | None, int, str]:
+    """(the answer, where it starts, the rule that found it), by R1 to R6 in that order."""
     boxes = _last_boxes(text, 1)
     if boxes:
-        return boxes[0][0], "box", boxes[0][1]
+        return *boxes[0][:2], "box"
     marker = None
     for marker in _MARKER.finditer(text):
         pass
     if marker:
-        return _statement(text, marker.end()) or None, "statement", marker.end()
+        return _statement(text, marker.end()) or None, marker.end(), "statement"
     hashes = None
     for hashes in _HASHES.finditer(text):
         pass
     if hashes:
-        return _trim(hashes[1]), "hashes", hashes.start()
+        return _trim(hashes[1]), hashes.start(), "hashes"
     bare = text.strip()
     if 0 < len(bare) <= MAX_ANSWER and "\n" not in bare and (
             not re.search(r"\s", bare) or all(word[0] == "\\" for word in _WORD.findall(bare))) and _trim(bare):
-        return _trim(bare), "bare", 0
-    number, start = _last_number(text)
-    return number, "number", start
+        return _trim(bare), 0, "bare"
+    return *_last_number(text), "number"
 
 
 def _last_boxes(text: str, count: int) -> list[tuple[str | None, int, int]]:
@@ -157,14 +212,18 @@ def _statement(text: str, start: int) -> str:
 
 def _last_number(text: str) -> tuple[str | None, int]:
     last = max(text.rfind(digit) for digit in "0123456789")
+    begin = max(0, last - 200)
     number = None
-    for number in _NUMBER.finditer(text, max(0, last - 200), last + 8) if last >= 0 else ():
+    for number in _NUMBER.finditer(text, begin, last + 8) if last >= 0 else ():
         pass
-    return (number[0].replace("\\$", "").replace("$", "").strip(), number.start()) if number else (None, -1)
+    if not number or 0 < begin == number.start():                   # none, or one of more than 200 digits
+        return None, -1
+    return number[0].replace("\\$", "").replace("$", "").strip(), number.start()
 
 
 def _trim(value: str, prose: bool = True) -> str:
     """Without blanks, bold stars, paired quotes and delimiters, a lone currency sign, final punctuation."""
+    value = _LEAD.sub("", _CALCULATION.sub("", value))
     for _ in range(6):
         before = value
         value = value.strip(" \t\r\n*_" if prose else " \t\r\n")
@@ -183,8 +242,13 @@ def _trim(value: str, prose: bool = True) -> str:
 
 # ---------------------------------------------------------------------------------------------------- commitment
 
-_CORRECTION = re.compile(r"\b(?:wait|no|not|wrong|actually|correct|corrected|correction|mistake|rather|instead|sorry|oops)\b", re.I)
-_LISTED = re.compile(r"[0-9)\]}%$](?:[\s*_$]*(?:[,;|/\n]|\bor\b|\band\b|\bto\b)|\s)[\s,;|*_$(\[]*(?:and|or)?[\s*_$(\[]*$")
+_HEDGE = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively|another|either|could|might)\b", re.IGNORECASE)
+_CORRECTION = re.compile(r"\b(?:wait|no|not|wrong|actually|correct|corrected|correction|mistake|instead|sorry|oops)\b",
+                         re.IGNORECASE)
+_LISTED = re.compile(r"[0-9)\]}%$](?:[\s*_$]*(?:[,;|/]|\bor\b|\band\b|\bto\b)|\s)[\s,;|*_$(\[]*(?:and|or)?[\s*_$(\[]*$")
+_TASK = re.compile(r"(?:^|[.!?:,][$)\]*\"']{0,3}\s|\n)\s{0,9}(?:how many|how much|what|which|find|compute|calculate|determine|evaluate|simplify|express|write|solve|give|"
+                   r"answer|enter|round|prove|show|state|convert|factor|expand)\b", re.IGNORECASE)
+_SENTENCE_START = re.compile(r"[.!?][$)\]*\"']{0,3}\s{1,9}(?=[A-Z$\\])|\n\s*\n")
 _CHOICES = ("a", "b", "c", "d", "e", "true", "false")
 _STATED = re.compile(r"\b(?:is|are|be|option|choice|choose|select|pick|therefore|thus|hence|so)\b[\s,:]{1,3}"
                      r"(?:(?:that|it|is|the|statement|option|choice|definitely|clearly|correct)\s){0,4}[*_`\"'(]{0,4}"
@@ -192,30 +256,41 @@ _STATED = re.compile(r"\b(?:is|are|be|option|choice|choose|select|pick|therefore
 
 
 def _committed_answer(response: str, reference: str) -> str | None:
-    """extract_answer, but only what the response commits itself to (rules G1 to G6)."""
+    """extract_answer, but only what the response commits itself to: G1 to G5."""
     text = _after_thinking(response)
-    answer, rule, start = _locate(text)
+    answer, start, rule = _locate(text)
     if rule == "box" and answer is not None:                        # G3
         return _boxes_together(text)
     if rule != "number":
         return answer
-    if _text(reference) in _CHOICES:                                # a choice stated in words, without "the answer is"
+    if _text(reference) in _CHOICES:                                # G5
         stated = None
         for stated in _STATED.finditer(text):
             pass
         return stated[1] or stated[2] if stated and "?" not in text[stated.end():] else None
-    if answer is None or "?" in text[start:] or _LISTED.search(text[max(0, start - 60):start]):     # G2, G4
+    if answer is None or _LISTED.search(text[max(0, start - 60):start]) or _is_problem(text, start):
         return None
     return answer
 
 
+def _is_problem(text: str, start: int) -> bool:
+    """G4: does a question or a task end the text, from the sentence with the number at `start` on?"""
+    before = text[max(0, start - 500):start]
+    if re.search(r"=[\s$*\\(]{0,5}$", before) and len(text) - start < 40:        # ... = 42.
+        return "?" in text[start:]
+    begins = [match.end() for match in _SENTENCE_START.finditer(before)]
+    sentence = before[begins[-1] if begins else 0:] + text[start:start + 2000]
+    return "?" in text[start:] or bool(_TASK.search(sentence))
+
+
 def _boxes_together(text: str) -> str:
-    """The last box, or all those before it with almost nothing in between, as one list."""
+    """G3: the last box and those before it with little in between, as one list of the different answers."""
     boxes = _last_boxes(text, 12)
     values = [boxes[0][0]]
     for (content, _, end), (_, start, _) in zip(boxes[1:], boxes):
         gap = text[end:start]
-        if len(gap) > 200 or len(_WORD.findall(gap)) >= 5 or _CORRECTION.search(gap) or content is None:
+        if content is None or len(gap) > 200 or _CORRECTION.search(gap) or (
+                len(_WORD.findall(gap)) >= 5 and not _HEDGE.search(gap)):
             break
         if not any(is_equivalent(content, value) for value in values):
             values.append(content)
@@ -223,6 +298,9 @@ def _boxes_together(text: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- equivalence
+
+_SIMPLE = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
+
 
 class _Unreadable(Exception):
     """Not an answer in the grammar below, or larger than the bounds above."""
@@ -238,6 +316,10 @@ class _Undefined(Exception):
 
 class _Inexact(Exception):
     """A value outside the exact arithmetic below: compare numerically instead."""
+
+
+class _TooLarge(_Inexact):
+    """Exact in principle, but beyond the bounds: no precision tells 2^100000 from 2^100000 + 1."""
 
 
 class _Work:
@@ -261,15 +343,17 @@ def is_equivalent(prediction: str, reference: str) -> bool:
         return True
     if len(a) > MAX_ANSWER or len(b) > MAX_ANSWER:
         return False
+    if _SIMPLE.fullmatch(a) and _SIMPLE.fullmatch(b):               # the common case needs no parser
+        return Fraction(a) == Fraction(b)
     left, right = _readings(a), _readings(b)
     work = _Work()
     if any(_same(x, y, work) for x in left for y in right):
         return True
-    if not left or not right:                       # outside the grammar: only the same spelling will do
-        return _spelling(a) == _spelling(b)
-    if any(_kind(x) == "text" for x in left + right):
-        return _text(a) == _text(b) or _labelled(a, b) or _labelled(b, a)
-    return False
+    if any(_kind(x) == "text" for x in left + right) and _text(a) == _text(b):
+        return True
+    if not left and not right and _spelling(a) == _spelling(b):     # outside the grammar: only the same spelling will do
+        return True
+    return _labelled(a, b) or _labelled(b, a)
 
 
 def _readings(text: str) -> list:
@@ -297,13 +381,14 @@ _LABEL = re.compile(r"\(?([A-E])[).:]\s+([\w\\$].*)", re.DOTALL)
 
 
 def _spelling(text: str) -> str:
-    """The text without wrappers, blanks and a final period; case counts."""
-    return re.sub(r"\\[\s,;:!]|[\s{}$~]", "", re.sub(_WRAPPERS, "{", text)).rstrip(".")
+    """The text with single blanks and without a final period."""
+    return " ".join(text.split()).rstrip(".")
 
 
 def _text(text: str) -> str:
     """The normal form of a text answer (P8): no wrappers, blanks, periods, quotes or case; yes is true, (B) is b."""
-    form = re.sub(r"[\"'*`_\u2018\u2019\u201c\u201d]|\.(?![0-9])", "", _spelling(text)).lower()
+    form = re.sub(_WRAPPERS, "{", text).lower()
+    form = re.sub(r"\\[\s,;:!]|[\s{}$~\"'*`_\u2018\u2019\u201c\u201d]|\.(?![0-9])", "", form)
     form = re.sub(r"^(?:option|choice)(?=\(?[a-e]\)?$)", "", form)
     form = re.sub(r"^\(([a-z])\)$", r"\1", form)
     return {"yes": "true", "no": "false"}.get(form, form)
@@ -453,7 +538,9 @@ _GREEK = frozenset("alpha beta gamma delta epsilon varepsilon zeta eta theta var
 _CONSTANTS = ("pi", "e", "i", "∞", "ℝ", "…")
 _NAMED = {"\\pi": "pi", "\\infty": "∞", "\\dots": "…", "ℝ": "ℝ", "\\emptyset": ("set",)}
 _CALLS = {"\\" + name for name in _FUNCTIONS}
-_FACTORS = {"\\" + name for name in _GREEK} | {"\\frac", "\\sqrt", "\\pi", "\\binom", "\\infty", "\\lfloor", "\\lceil", "{"}
+_LETTERS = frozenset(string.ascii_letters)
+_FACTORS = _LETTERS | {"\\" + name for name in _GREEK} | {
+    "\\frac", "\\sqrt", "\\pi", "\\binom", "\\infty", "\\lfloor", "\\lceil", "{"}
 _CLOSING = {"(": (")", "]"), "[": ("]", ")", "["), "]": ("[", "]"), "{": ("}",), "\\{": ("\\}",)}
 
 
@@ -483,14 +570,13 @@ class _Parser:
 
     def answer(self):
         """The whole text."""
-        start = self.at
         items = self.both_signs(self.items((",", ";", "and", "or")))
         if self.token:
             raise _Unreadable
         if len(items) == 1:
             return items[0]
+        joined = set(self.tokens) & {",", ";", "and", "or"}
         inequalities = all(_kind(x) == "rel" and x[1][0] in _INEQUALITIES for x in items)
-        joined = set(self.tokens[start:]) & {",", ";", "and", "or"}
         return ("all" if inequalities and joined == {"and"} else "list", *items)
 
     def items(self, joiners: tuple) -> list:
@@ -533,7 +619,7 @@ class _Parser:
         if self.token[:1] == '"':
             while self.tokens[end][:1] == '"':
                 end += 1
-        elif self.token.isalpha() and self.tokens[end + 1] in ("(", "^"):
+        elif self.token in _LETTERS and self.tokens[end + 1] in ("(", "^"):
             while self.tokens[end] not in (")", "=", ""):
                 end += 1
             end += self.tokens[end] == ")"
@@ -558,7 +644,7 @@ class _Parser:
 
     def ratio(self):
         terms = [self.sum()]
-        while self.token == ":":
+        while self.token == ":" and not self.bars:
             self.next()
             terms.append(self.sum())
         return ("ratio", *terms) if len(terms) > 1 else terms[0]
@@ -581,8 +667,7 @@ class _Parser:
                 sign = self.next()
                 factor = self.signed(self.power)
                 factors.append(factor if sign == "*" else _reciprocal(factor))
-            elif self.token in _FACTORS or self.token in _CALLS or self.token == "(" or (
-                    len(self.token) == 1 and self.token.isalpha()) or (self.token == "|" and not self.bars):
+            elif self.token in _FACTORS or self.token in _CALLS or self.token == "(" or (self.token == "|" and not self.bars):
                 factors.append(self.power())                        # 2x, 3(x+1), x sin x
             else:
                 break
@@ -642,7 +727,7 @@ class _Parser:
             node = self.group()
         elif token in _NAMED:
             node = _NAMED[self.next()]
-        elif (token.isalpha() and len(token) == 1) or token[1:] in _GREEK:
+        elif token in _LETTERS or token[1:] in _GREEK:
             node = self.next().lstrip("\\")
             if self.token == "_":
                 self.next()
@@ -698,7 +783,7 @@ class _Parser:
     def group(self):
         """Brackets: mere grouping round one item, else a tuple or interval, or a set in braces."""
         opening = self.next()
-        bars, self.bars = self.bars, 0
+        bars, self.bars = self.bars, int(opening == "\\{")           # in a set a bar may stand for "such that"
         items = []
         if opening + self.token != "\\{\\}":
             if opening in ("(", "[") and "," in self.token[1:] and self.tokens[self.at + 1] in _CLOSING[opening]:
@@ -708,6 +793,7 @@ class _Parser:
             self.next()
             items = self.items((",", ";", "and", "or"))
             self.expect("\\}")
+            self.bars = bars
             return items[0] if len(items) == 1 else ("list", *items)
         if self.token not in _CLOSING[opening]:
             raise _Unreadable
@@ -722,7 +808,7 @@ class _Parser:
     def command(self):
         name = self.next()[1:]
         if name == "frac":
-            top = self.argument()
+            top = self.argument(shared=True)
             return _times([top, _reciprocal(self.argument())])
         if name == "sqrt":
             index = 2
@@ -742,13 +828,13 @@ class _Parser:
             return self.matrix(name)
         raise _Unreadable
 
-    def argument(self):
-        """What \\frac and \\sqrt take: a group or one token; of 34 after \\frac, 3 and then 4."""
-        if self.token.isdigit() and len(self.token) > 1 and self.tokens[self.at - 1] == "\\frac":
-            digits = self.token
-            self.tokens[self.at] = self.token = digits[1:]
-            return int(digits[0])
+    def argument(self, shared: bool = False):
+        """What \\frac and \\sqrt take: a group or one token. shared: of 34 after \\frac, 3 is the top and 4 the bottom."""
         if self.token.isdigit():
+            digits = self.token
+            if shared and len(digits) > 1:
+                self.tokens[self.at] = self.token = digits[1:]
+                return int(digits[0])
             return int(self.next())
         return self.signed(self.atom)
 
@@ -769,7 +855,7 @@ class _Parser:
         else:
             negative = self.minus()
             factors = [self.power()]
-            while self.token in _FACTORS or (len(self.token) == 1 and self.token.isalpha()):
+            while self.token in _FACTORS:
                 factors.append(self.power())
             inside = _negative(_times(factors)) if negative else _times(factors)
         self.angle -= name in _ANGLES
@@ -820,7 +906,7 @@ class _Parser:
             word = self.next()
             if word == "^":
                 words.append("^" + self.subscript())
-            elif word == "/" and len(self.token) == 1 and self.token.isalpha():
+            elif word == "/" and self.token in _LETTERS:
                 words += ["/", self.next()]
             else:
                 words += re.findall(r"[A-Za-z]+|\^?[0-9]+|/", word)
@@ -1005,7 +1091,7 @@ def _bounded(c, work: _Work):
     if bits > 64:
         work.spend(bits // 64)
         if bits > MAX_BITS:
-            raise _Inexact
+            raise _TooLarge
     return c
 
 
@@ -1051,9 +1137,10 @@ def _exact_power(top: dict, bottom: dict, n, work: _Work) -> tuple[dict, dict]:
         power = _ONE
         if len(p) == 1:                                             # one term: (c m)^n for any n
             (monomial, c), = p.items()
-            size = max(c.numerator.bit_length(), c.denominator.bit_length())
-            if n > 10 ** 6 or (abs(c) != 1 and n * size > MAX_BITS) or (n > MAX_BITS and "√" in str(monomial)):
-                raise _Inexact
+            bits = 0 if abs(c) == 1 else c.numerator.bit_length() + c.denominator.bit_length()
+            bits += sum(int(name[1:]).bit_length() for name, _ in monomial if name[0] == "√")
+            if n > 10 ** 6 or n * bits > MAX_BITS:
+                raise _TooLarge
             monomial, factor = _reduced(tuple((name, k * n) for name, k in monomial))
             power = {monomial: _bounded(c ** n * factor, work)} if p is not _ONE else _ONE
         elif n > 40:
@@ -1069,10 +1156,12 @@ def _exact_root(value: Fraction, index: int, work: _Work) -> dict:
     """A square root as a rational times a product of √p, or a root that comes out even. Odd roots of negatives are real."""
     top, bottom = abs(value.numerator), value.denominator
     work.spend(20)
-    if max(top.bit_length(), bottom.bit_length()) > 256 or not 2 <= index <= 64:
-        raise _Inexact
     if not value:
         return {}
+    if not 2 <= index <= 64:
+        raise _Inexact
+    if index > 2 and max(top, bottom) > 2 ** 100:
+        raise _TooLarge
     if index == 2:                                                  # √(t/b) = √(t b) / b
         outside, primes, rest, p = Fraction(1, bottom), [], top * bottom, 2
         while p * p <= rest and p < 1000:
@@ -1088,8 +1177,8 @@ def _exact_root(value: Fraction, index: int, work: _Work) -> dict:
             outside *= root
         elif rest < 1000 * 1000:
             primes.append(rest)
-        else:
-            raise _Inexact                                          # no small factor left, and not known to be prime
+        else:                                                       # not known to be a product of different primes
+            raise _TooLarge if rest > 2 ** 100 else _Inexact
         names = [f"√{p}" for p in primes] + ["i"] * (value < 0)
         return {tuple(sorted((name, 1) for name in names)): outside}
     if value < 0 and index % 2 == 0:
@@ -1137,11 +1226,14 @@ _0, _1 = Decimal(0), Decimal(1)
 
 
 def _random_points() -> list[tuple[Decimal, ...]]:
-    """Four real points and three whole ones, with a value for each of 12 variables; the signs differ in every way."""
+    """Four real points and six whole ones, with a value for each of 12 variables; signs and order differ in every way."""
     dice = random.Random(0)
     points = [tuple(Decimal(signs[k % len(signs)] * dice.randint(10 ** 11, 24 * 10 ** 11)) / 10 ** 12 for k in range(12))
               for signs in ((1,), (-1,), (1, -1), (-1, -1, 1, 1))]
-    return points + [tuple(Decimal(dice.randint(4, 15)) for _ in range(12)) for _ in range(3)]
+    for _ in range(3):
+        whole = tuple(map(Decimal, dice.sample(range(4, 40, 3), 12)))
+        points += [whole, tuple(43 - n for n in whole)]
+    return points
 
 
 _POINTS = _random_points()
@@ -1350,7 +1442,7 @@ def _agree(a, b, point: dict, work: _Work) -> bool | None:
     with decimal.localcontext(_HIGH) as context:
         context.clear_traps()
         gap = max(abs(high_a[0] - high_b[0]), abs(high_a[1] - high_b[1]))
-        return gap <= Decimal("1e-45") * max(map(abs, high_a + high_b)) or gap <= Decimal("1e-20") * low_gap
+        return gap <= Decimal("1e-54") * max(map(abs, high_a + high_b)) or gap <= Decimal("1e-20") * low_gap
 
 
 # ---------------------------------------------------------------------------------------------------- comparison
@@ -1366,6 +1458,9 @@ def _same_value(a, b, work: _Work) -> bool:
         return _product(top_a, bottom_b, work) == _product(top_b, bottom_a, work)
     except _Undefined:
         return False
+    except _TooLarge:
+        if not _names(a, _names(b, set())):
+            return False
     except _Inexact:
         pass
     names = sorted(_names(a, _names(b, set())))
@@ -1527,6 +1622,9 @@ def _region(node, work: _Work) -> list | None:
         return None if None in ends else _merged([(end, True, end, True) for end in ends])
     if kind == "rel":
         parts = [_half_line(*step, work) for step in zip(node[2:], node[1], node[3:])]
+    elif kind == "value":
+        end = _end(node, work)
+        return None if end is None else [(end, True, end, True)]
     elif kind in ("list", "all", "union", "minus"):
         parts = [_region(part, work) for part in node[1:]]
     else:
