@@ -56,13 +56,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="a model folder or name (see train_sa_grpo.py)")
     parser.add_argument("--against", help="the model that AES compares with")
-    parser.add_argument("--data", default="tiny-test", help="problems: a name or a JSONL file")
+    parser.add_argument("--data", default="tiny-test", help="problems: a name (its test split) or a JSONL file")
     parser.add_argument("--limit", type=int, help="only the first so many problems")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     runtime.prepare_machine()
-    problems = load_problems(args.data)[:args.limit]
+    problems = load_problems(args.data, split="test")[:args.limit]
     rows = {}
     for name in filter(None, (args.against, args.model)):
         folder = find_model(name)

@@ -76,9 +76,7 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
             row, prompt, sample = ready.pop()
             count = min(n - sample, slots - len(running))
             start, length = len(running), len(prompts[prompt])
-            for own, other in zip(cache.keys + cache.values, pack.keys + pack.values):
-                own[start:start + count, :, :length] = other[row, :, :length]
-            cache.lengths[start:start + count] = length
+            cache.copy(slice(start, start + count), pack, row, length)
             hidden[start:start + count] = last[row]
             running += range(prompt * n + sample, prompt * n + sample + count)
             lengths += [length] * count
@@ -105,9 +103,7 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
         for row in reversed(ended):
             end = len(running) - 1
             if row != end:
-                for own in cache.keys + cache.values:
-                    own[row, :, :lengths[end]] = own[end, :, :lengths[end]]
-                cache.lengths[row] = cache.lengths[end]
+                cache.copy(slice(row, row + 1), cache, end, lengths[end])
                 running[row], lengths[row], tokens[row] = running[end], lengths[end], tokens[end]
             del running[end], lengths[end], tokens[end]
         rows = len(running)

@@ -139,6 +139,8 @@ def answer_hidden(model, contexts: list[list[int]], answers: list[list[int]]) ->
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # (rows, width)
     places = [b * width + len(c) - 1 + j for b, (c, a) in enumerate(zip(contexts, answers)) for j in range(len(a))]
     hidden = model(tokens).flatten(0, 1).index_select(0, torch.tensor(places, device=device))
+    if torch.is_autocast_enabled(device.type):  # the residual stream stays in float32 there; the head's matmul need not
+        hidden = hidden.to(torch.get_autocast_dtype(device.type))
     return hidden, torch.tensor([t for a in answers for t in a], device=device)
 
 

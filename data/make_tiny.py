@@ -1,6 +1,6 @@
 """The embedded model: word problems from a grammar, a tokenizer for them, and a small transformer trained on both.
 
-    python -m data.make_tiny [--out data/tiny] [--steps 1000] [--seed 0]        # about 6 minutes on two cores
+    python -m data.make_tiny [--out data/tiny] [--steps 1800] [--seed 0]        # about 10 minutes on two cores
 
 data/tiny/ is a model folder like any other (Qwen3 architecture, byte-level BPE), small enough to live in git and to be
 trained by reinforcement learning in minutes. It is made to need what SAR gives:
@@ -34,7 +34,7 @@ THINGS = ("apples pears plums coins books pens cards shells stamps marbles stone
 EMPTY_QUESTION_SHARE = 0.15
 STYLES = {"verbose": 0.72, "terse": 0.22, "answer only": 0.06}
 TOKENS_PER_BATCH = 64 * 64  # answer tokens of 64 examples, about
-MISREAD = {"times": 0.65, "half": 0.45, "boxes": 0.3}  # how often the teacher takes "3 times as many" for "3 more", and so on
+MISREAD = {"times": 0.75, "half": 0.6, "boxes": 0.3}  # how often the teacher takes "3 times as many" for "3 more", and so on
 KEEP = 0.85  # chance of each dispensable sentence within the verbose style
 
 
