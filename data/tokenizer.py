@@ -12,6 +12,7 @@ leftmost first. A tokenizer.json lists its joins in the same order (`merges`), s
 After encoding, ranks are mapped to ids; a character that is no piece maps to the ids of its bytes.
 """
 import codecs
+import gc
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
@@ -30,6 +32,7 @@ SEVERAL = -1                       # in the table rank -> id: this rank stands f
 MARK = "\u2581"                    # SentencePiece's visible space
 WHITE_SPACE = ("\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
                "\u2028\u2029\u202f\u205f\u3000")                     # Unicode White_Space; str.strip() takes four more
+WHITE_SPACES = re.compile(f"[{WHITE_SPACE}]*")
 
 # The ByteLevel pre-tokenizer's own pattern (GPT-2's), and the same after a step that first sets every digit apart:
 # white space before a digit then ends its stretch of text, so all of it stays together. The extra code points are
@@ -57,10 +60,15 @@ def read_json(path: Path) -> dict:
     """The JSON object in `path`; {} where there is no such file. Raises ValueError when it is something else."""
     if not path.exists():
         return {}
+    collecting = gc.isenabled()
+    gc.disable()                    # half a million merges are as many lists: collecting in between doubles the time
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): copy the file again") from None
+    finally:
+        if collecting:
+            gc.enable()
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} where a JSON object belongs: copy the file again")
     return content
@@ -103,7 +111,6 @@ class Tokenizer:
 
     def __init__(self, folder: Path, spec: dict, settings: dict, generation: dict, config: dict):
         self.folder = folder
-        self._read_added(spec["added_tokens"])
         self._read_bpe(spec)
         self._read_bos_and_eos(spec, settings)
         jinja = folder / "chat_template.jinja"
@@ -118,23 +125,20 @@ class Tokenizer:
         return ValueError(f"{self.folder / 'tokenizer.json'}: {what} is not supported (byte-level BPE as in Qwen and "
                           f"SmolLM2 is, and SentencePiece-style BPE as in Llama 2, Phi-3.5 and Gemma 3)")
 
-    def _check_id(self, i) -> int:
-        if type(i) is not int or not 0 <= i < MAX_ID:
-            raise ValueError(f"{self.folder / 'tokenizer.json'}: {i!r} is no token id (0 to {MAX_ID - 1})")
-        return i
-
-    def _read_added(self, added: list[dict]) -> None:
+    def _read_added(self, added: list[dict], vocab: dict[str, int]) -> None:
         """Added tokens: the special ones, kept out of ordinary text, and plain words that text always matches whole."""
-        self.special = {token["content"]: self._check_id(token["id"]) for token in added if token["special"]}
-        self.strips_after = {token["id"] for token in added if token["rstrip"]}
-        self.strips_before = {token["id"] for token in added if token["lstrip"]}
-        self._special_ids = set(self.special.values())
-        self._words = {token["content"]: self._check_id(token["id"]) for token in added if not token["special"]}
-        self._word_lengths = sorted({len(word) for word in self._words}, reverse=True)
         if any(not token["content"] or token["single_word"] or token["normalized"] for token in added
                if not token["special"]):
             raise self._unsupported("an added token that is empty, matches normalised text or matches single words only")
-        starts = sorted({word[:2] for word in self._words}, key=len, reverse=True)
+        if any(vocab.get(token["content"], token["id"]) != token["id"] for token in added):
+            raise self._unsupported("an added token whose id is another in the vocabulary")
+        self.special = {token["content"]: token["id"] for token in added if token["special"]}
+        self.strips_after = {token["id"] for token in added if token["rstrip"]}
+        self.strips_before = {token["id"] for token in added if token["lstrip"]}
+        self._special_ids = set(self.special.values())
+        self._words = {token["content"]: token["id"] for token in added if not token["special"]}
+        self._word_lengths = sorted({len(word) for word in self._words}, reverse=True)
+        starts = sorted({word[:2] for word in self._words})
         self._word_start = re.compile("|".join(map(re.escape, starts))) if starts else None
 
     def _read_bpe(self, spec: dict) -> None:
@@ -144,13 +148,15 @@ class Tokenizer:
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
             if model.get(option):
                 raise self._unsupported(f"the model option {option}={model[option]!r}")
-        made = {}                                             # what each merge makes, in order, once
-        for pair in model["merges"]:
-            left, right = pair.split(" ") if isinstance(pair, str) else pair
-            if left not in vocab or right not in vocab or left + right not in vocab:
-                raise self._unsupported(f"the merge {pair!r}, whose parts or result are not in the vocabulary,")
-            made[left + right] = None
-        self.vocab_size = 1 + max(map(self._check_id, [*vocab.values(), *self.special.values(), *self._words.values()]))
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        made = dict.fromkeys(map("".join, merges))              # what each merge makes, in order, once
+        if set(map(len, merges)) - {2} or not vocab.keys() >= made.keys() | set(chain.from_iterable(merges)):
+            raise self._unsupported("a merge that is no pair, or whose parts or result are not in the vocabulary,")
+        self._read_added(spec["added_tokens"], vocab)
+        ids = [*vocab.values(), *self.special.values(), *self._words.values()]
+        if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= MAX_ID:
+            raise self._unsupported(f"a token id that is no whole number from 0 to {MAX_ID - 1}")
+        self.vocab_size = 1 + max(ids)
         self._several = {}                                                      # rank -> ids, where they are not one
         if model.get("byte_fallback"):
             self._read_sentencepiece(spec, vocab, made)
@@ -245,46 +251,41 @@ class Tokenizer:
                         ids.append(SEVERAL)
                 ranks[whole] = len(ids)
                 ids.append(vocab[char])
-        for piece in made:
-            ranks[piece.replace(MARK, " ").encode()] = len(ids)
-            ids.append(vocab[piece])
+        pieces = [piece.replace(MARK, " ") for piece in made]
+        for piece in pieces:
+            ranks[piece.encode()] = len(ids)
+            ids.append(vocab[piece.replace(" ", MARK)])
         self._ids = ids
-        self._tiktoken = self._without_dead_pieces(ranks, made)
+        # No piece has a space behind another character, save behind the characters `inner`. So no merge crosses such a
+        # place, and cutting there gives tiktoken short matches without changing what is joined.
+        inner = {char for piece in pieces if " " in piece.lstrip(" ") for char, after in zip(piece, piece[1:])
+                 if char != " " and after == " "}
+        pattern = r" *[^ ]+| +"
+        if inner:
+            pattern = rf" *(?:[^ ]*[{''.join(map(re.escape, sorted(inner)))}] +)+[^ ]*|{pattern}"
+        self._tiktoken = tiktoken.Encoding(str(self.folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self._undo_dead_pieces(pieces, ranks)
+
         self._pieces = [""] * self.vocab_size                                   # id -> text, or the byte as an int
         for piece, i in vocab.items():
             self._pieces[i] = piece.replace(MARK, " ")
         for byte, i in enumerate(byte_ids):
             self._pieces[i] = byte
 
-    def _without_dead_pieces(self, ranks: dict[bytes, int], made: Iterable[str]) -> tiktoken.Encoding:
-        """The encoder without the pieces that the merges never make when spelled out (Gemma 3 has four).
+    def _undo_dead_pieces(self, pieces: list[str], ranks: dict[bytes, int]) -> None:
+        """Map the pieces that no order of merges makes (Gemma 3 has four, such as " YYYY") to what is made of them.
 
-        tiktoken takes a whole match that has a rank at once, so that a dead piece would come to life.
+        tiktoken takes a match that has a rank whole, without merging, so that a dead piece would come to life. Here
+        every piece is encoded with a character behind it that joins with nothing, and so by its merges.
         """
-        pieces = [piece.replace(MARK, " ") for piece in made]
         letters = set("".join(pieces))
-        end = next(chr(code) for code in range(32) if chr(code) not in letters)     # joins with nothing
-        encoder = tiktoken.Encoding("spelled out", pat_str=f"[^{end}]*{end}", mergeable_ranks=ranks, special_tokens={})
-        length, dead = 0, []
-        made_ranks = iter(pieces)
-        for rank in encoder.encode_ordinary("".join(piece + end for piece in pieces)):
-            if rank != ord(end):
-                length += 1
-                continue
-            piece = next(made_ranks)
-            if length > 1:
-                dead.append(piece)
-            length = 0
-        for piece in dead:
-            del ranks[piece.encode()]
-        # No piece has a space after another character, save behind the characters `inner`; so no merge crosses such
-        # a place, and cutting there leaves short matches for tiktoken without changing what is joined.
-        inner = sorted({char for piece in pieces if " " in piece.lstrip(" ") for char, after in zip(piece, piece[1:])
-                        if char != " " and after == " "})
-        pattern = r" *[^ ]+| +"
-        if inner:
-            pattern = rf" *(?:[^ ]*[{''.join(map(re.escape, inner))}] +)+[^ ]*|{pattern}"
-        return tiktoken.Encoding(str(self.folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        end = next(chr(code) for code in range(32) if chr(code) not in letters)
+        out = np.array(self._tiktoken.encode_ordinary("".join(f" {end}{piece}{end}" for piece in pieces)))
+        ends = np.flatnonzero(out == ord(end)).reshape(len(pieces), 2)          # before and behind each piece
+        for k in np.flatnonzero(ends[:, 1] - ends[:, 0] > 2):
+            dead, spelled = ranks[pieces[k].encode()], out[ends[k, 0] + 1:ends[k, 1]].tolist()
+            self._several[dead] = tuple(self._ids[rank] for rank in spelled)
+            self._ids[dead] = SEVERAL
 
     def _read_bos_and_eos(self, spec: dict, settings: dict) -> None:
         named = {}
@@ -330,13 +331,13 @@ class Tokenizer:
             if word is None:
                 at = start + 1
                 continue
-            before, at = text[done:start], start + len(word)
+            before = text[done:start]
+            at = done = start + len(word)
             if self._words[word] in self.strips_before:
                 before = before.rstrip(WHITE_SPACE)
             if self._words[word] in self.strips_after:
-                at = re.compile(f"[{WHITE_SPACE}]*").match(text, at).end()
+                done = WHITE_SPACES.match(text, at).end()
             ids += [*self._encode_stretch(before), self._words[word]]
-            done = at
         return ids + self._encode_stretch(text[done:])
 
     def _encode_stretch(self, text: str) -> list[int]:
