@@ -85,7 +85,7 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
         rows = len(running)
 
         # 2. one token for every row
-        logits = (hidden[:rows] @ model.unembedding.T).float()  # (rows, V)
+        logits = next_logits(hidden[:rows], model.unembedding)  # (rows, V)
         position = np.array([len(answers[a].tokens) for a in running], dtype=np.uint64)
         uniform = torch.from_numpy(uniforms(keys[running], position)).to(device)
         token, logprob = draw(logits, uniform, temperature, top_p, top_k, scratch[:rows])
@@ -117,6 +117,14 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
             lengths = [length + 1 for length in lengths]
     bar.close()
     return answers
+
+
+def next_logits(hidden: Tensor, unembedding: Tensor) -> Tensor:
+    """(rows, V) float32. On a GPU bfloat16 products are also kept in float32: rounded to bfloat16, a logit of size 20 would be
+    off by 0.06, and the trainer's log-probs would disagree with the sampler's."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, unembedding.T, out_dtype=torch.float32)
+    return (hidden @ unembedding.T).float()
 
 
 def read_prompts(model, prompts: list[list[int]], waiting: list[int], n: int):

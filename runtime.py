@@ -98,8 +98,8 @@ def common_arguments(parser: argparse.ArgumentParser, ppo: dict | None = None, *
     add(group, "--save-every", 50, 50, "a checkpoint every so many steps, and one at the end", type=int)
     add(group, "--eval-every", 0, 25, "greedy accuracy on held-out problems every so many steps, before the first and after the "
         "last; 0: never", type=int)
-    add(group, "--micro-tokens", 16384, 8192, "tokens in one forward and backward, padding included; bounds memory and changes "
-        "nothing else", type=int)
+    group.add_argument("--micro-tokens", type=int, help="tokens in one forward and backward, padding included; bounds memory and "
+                       "changes nothing else (default: 8192; large models on a CPU: 1024)")
     group.add_argument("--slots", type=int, help="answers that decode at once (default: what the free memory holds)")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU if there is one)")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matmuls; weights and optimizer are float32 "
@@ -128,6 +128,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     del args._pairs
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: PyTorch sees no GPU here")
+    args.micro_tokens = args.micro_tokens or (8192 if args.model == "tiny" or args.device.startswith("cuda") else 1024)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     positive = ("steps", "prompts_per_step", "n", "minibatch", "epochs", "lr", "max_prompt_tokens", "max_new_tokens",
                 "temperature", "save_every", "micro_tokens", "critic_lr")
@@ -186,12 +187,12 @@ def warn_if_slow(args, parameters: int, models: int = 1) -> None:
     rate = 4 * 2 * 1024**3 / (time.perf_counter() - began)
     tokens = args.prompts_per_step * args.n * args.max_new_tokens
     # 2 flops per parameter and token: sampling, three scorings (policy, without the question, start), and 3 for the update
-    hours = 14 * parameters * tokens / rate / 3600
+    minutes = 14 * parameters * tokens / rate / 60
     # float32: weights, gradients and two moments of each model that is trained, and the frozen start where a KL is asked for
     memory = parameters * 4 * (4 * models + (args.kl_coef > 0)) / 1e9
-    print(f"note: {parameters / 1e9:.2f}B parameters on a CPU ({rate / 1e9:.0f} GFLOP/s): about {memory:.0f} GB of memory and up to "
-          f"{hours:.1f} hours per step of {tokens:,} tokens; smaller --prompts-per-step, --n or --max-new-tokens make it shorter",
-          file=sys.stderr)
+    print(f"note: {parameters / 1e9:.2f}B parameters on a CPU ({rate / 1e9:.0f} GFLOP/s): about {memory:.0f} GB of memory besides "
+          f"activations, and up to {minutes:,.0f} minutes for a step of {tokens:,} tokens; --prompts-per-step, --n and --max-new-tokens "
+          "make it shorter", file=sys.stderr)
 
 
 def sampler_for(policy, args):
