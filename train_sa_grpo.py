@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
                     micro = [members[k] for k in cut]
                     old = torch.cat([old_logprobs[i] for i in micro]).to(args.device)  # (L,)
                     start = torch.cat([start_logprobs[i] for i in micro]).to(args.device)  # (L,)
-                    advantage = torch.cat([advantages.flatten()[i].float().expand(len(answers[i])) for i in micro]).to(args.device)
+                    advantage = torch.cat([advantages.flatten()[i].expand(len(answers[i])) for i in micro]).to(old)  # (L,)
                     with runtime.autocast(args):
                         hidden, targets = answer_hidden(policy, [contexts[i] for i in micro], [answers[i] for i in micro])
                         logprob, entropy = fused_logprob(hidden, policy.unembedding, targets)  # (L,) each

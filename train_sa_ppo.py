@@ -40,7 +40,7 @@ class Critic(torch.nn.Module):
     def __init__(self, body: GPT):
         super().__init__()
         self.body = body
-        self.head = torch.nn.Parameter(torch.zeros(body.unembedding.shape[1], device=body.unembedding.device))
+        self.head = torch.nn.Parameter(torch.zeros_like(body.unembedding[0]))  # (D,)
 
     @property
     def unembedding(self) -> Tensor:  # where answer_hidden looks for the device
@@ -51,7 +51,8 @@ class Critic(torch.nn.Module):
 
     def values(self, contexts: list[list[int]], answers: list[list[int]]) -> Tensor:
         """(L,) expected reward before each answer token, from the hidden state that also predicts that token."""
-        return answer_hidden(self, contexts, answers)[0].float() @ self.head
+        hidden, _ = answer_hidden(self, contexts, answers)  # (L, D)
+        return (hidden.to(self.head.dtype) * self.head).sum(-1)  # no matmul: autocast would round it to bfloat16
 
 
 def answer_values(critic: Critic, contexts: list[list[int]], answers: list[list[int]], micro_tokens: int) -> list[Tensor]:
@@ -212,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
                     micro = [members[k] for k in cut]
                     old = torch.cat([old_logprobs[i] for i in micro]).to(args.device)  # (L,)
                     start = torch.cat([start_logprobs[i] for i in micro]).to(args.device)  # (L,)
-                    advantage = torch.cat([advantages[i] for i in micro]).float().to(args.device)  # (L,)
+                    advantage = torch.cat([advantages[i] for i in micro]).to(old)  # (L,)
                     with runtime.autocast(args):
                         hidden, targets = answer_hidden(policy, [contexts[i] for i in micro], [answers[i] for i in micro])
                         logprob, entropy = fused_logprob(hidden, policy.unembedding, targets)  # (L,) each
@@ -223,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
                         token_loss = token_loss + args.kl_coef * kl
                     loss = token_loss.sum() / denominator
                     old_value = torch.cat([old_values[i] for i in micro]).to(args.device)  # (L,)
-                    target = torch.cat([returns[i] for i in micro]).float().to(args.device)  # (L,)
+                    target = torch.cat([returns[i] for i in micro]).to(old)  # (L,)
                     critic_loss = value_loss(value, old_value, target).sum() / denominator
                     if not torch.isfinite(loss + critic_loss):
                         run.stop_on_nan(step, "loss", [texts[i] for i in micro], [answers[i] for i in micro])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import TINY
-from data.make_tiny import NAMES, SPECIAL, STYLES, THINGS, is_test, solution, stories, tiny_problems, training_texts
+from data.make_tiny import NAMES, SPECIAL, STYLES, THINGS, is_test, solution, stories, tiny_problems, training_texts, work_out
 from data.prompts import encode_prompt
 from verify import judge
 
@@ -15,16 +15,31 @@ from verify import judge
 def test_every_solution_is_right_in_every_style():
     rng = random.Random(5)
     for story in islice(stories(5), 400):
-        assert 2 <= len(story.steps) <= 4
+        assert 2 <= len(work_out(story)) <= 4
         for style in STYLES:
             text = solution(story, style, rng)
             assert judge(text, story.answer).reward == 1
             for left, op, right, result in re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", text):
-                a, b, c = int(left), int(right), int(result)
-                assert {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": a == b * c}[op]
+                assert eval_step(int(left), op, int(right)) == int(result)
         # what makes an answer verbose can be left out without touching the result
         terse, full = solution(story, "terse", rng), solution(story, "verbose", rng, keep=1.0)
         assert solution(story, "verbose", rng, keep=0.0) == terse and len(full) > 2 * len(terse)
+
+
+def test_a_careless_solution_misreads_and_is_consistent_all_the_same():
+    """Its arithmetic is right and its last line repeats its last result; only the reading of the story may be wrong."""
+    rng, wrong = random.Random(6), 0
+    for story in islice(stories(6), 1000):
+        text = solution(story, "verbose", rng, careless=True)
+        for left, op, right, result in re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", text):
+            assert eval_step(int(left), op, int(right)) == int(result)
+        assert text.endswith("#### " + re.findall(r"= (\d+)", text)[-1])
+        wrong += judge(text, story.answer).reward == 0
+    assert 0.3 < wrong / 1000 < 0.5
+
+
+def eval_step(a, op, b):
+    return {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[op]
 
 
 def test_the_test_set_is_held_out():
