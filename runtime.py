@@ -79,12 +79,12 @@ def common_arguments(parser: argparse.ArgumentParser, ppo: dict | None = None, *
         "(the paper's rule)", choices=("policy", "last-number"))
 
     group = parser.add_argument_group("algorithm")
-    add(group, "--steps", 500, 100, "rollout batches to train on", type=int)
+    add(group, "--steps", 500, 140, "rollout batches to train on", type=int)
     add(group, "--prompts-per-step", 128, 16, "questions in a rollout batch", type=int)
     add(group, "--n", 6, 8, "answers sampled for each question", type=int)
     add(group, "--minibatch", 64, 8, "questions in an optimizer step", type=int)
     add(group, "--epochs", 1, 1, "passes over a rollout batch", type=int)
-    add(group, "--lr", 1e-6, 1.5e-4, "AdamW's learning rate, constant", type=float)
+    add(group, "--lr", 1e-6, 8e-5, "AdamW's learning rate, constant", type=float)
     add(group, "--kl-coef", 0.001, 0.001, "weight of the KL to the frozen start, in the loss (k3)", type=float)
     add(group, "--temperature", 1.0, 1.0, "of sampling; log-probs are those at temperature 1", type=float)
     add(group, "--seed", 0, 0, "of the order of questions and of every sample", type=int)
@@ -95,8 +95,8 @@ def common_arguments(parser: argparse.ArgumentParser, ppo: dict | None = None, *
     group = parser.add_argument_group("run and machine")
     group.add_argument("--run", help="the run's folder is runs/RUN (default: made of model, reward and time)")
     group.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of --run")
-    add(group, "--save-every", 50, 50, "a checkpoint every so many steps, and one at the end", type=int)
-    add(group, "--eval-every", 0, 25, "greedy accuracy on held-out problems every so many steps, before the first and after the "
+    add(group, "--save-every", 50, 70, "a checkpoint every so many steps, and one at the end", type=int)
+    add(group, "--eval-every", 0, 35, "greedy accuracy on held-out problems every so many steps, before the first and after the "
         "last; 0: never", type=int)
     group.add_argument("--micro-tokens", type=int, help="tokens in one forward and backward, padding included; bounds memory and "
                        "changes nothing else (default: 8192; large models on a CPU: 1024)")

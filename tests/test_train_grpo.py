@@ -110,7 +110,7 @@ def test_two_steps_end_to_end(runs, capsys):
         mean = sum(a["reward"] for a in group) / 4
         assert all(a["advantage"] == pytest.approx(a["reward"] - mean, abs=1e-12) for a in group)
     config = json.loads((folder / "config.json").read_text())
-    assert config["settings"]["lr"] == 1.5e-4 and config["git_commit"] and config["versions"]["torch"] == torch.__version__
+    assert config["settings"]["lr"] == 8e-5 and config["git_commit"] and config["versions"]["torch"] == torch.__version__
     before, after = load_file(ROOT / "data/tiny/model.safetensors"), load_file(folder / "step_000002" / "model.safetensors")
     assert any((before[k].float() != after[k]).any() for k in before)  # it did train
     assert "| base |" in capsys.readouterr().out and [e["step"] for e in lines(folder / "evals.jsonl")] == [0, 2]
@@ -188,7 +188,7 @@ def test_sigterm_finishes_the_step_and_saves(runs):
 
 def test_resume_refuses_to_change_the_run(runs):
     train("--run", "r", "--steps", 2)
-    with pytest.raises(ValueError, match="--lr was 0.00015, now 0.1"):
+    with pytest.raises(ValueError, match="--lr was 8e-05, now 0.1"):
         train_sa_grpo.main(["--run", "r", "--resume", "--lr", "0.1"])
     with pytest.raises(ValueError, match="already holds a run"):
         train("--run", "r")
