@@ -125,11 +125,12 @@ def kl_k3(logprob: Tensor, start_logprob: Tensor) -> Tensor:
 def main(argv: list[str] | None = None) -> None:
     # ---- settings ----
     parser = argparse.ArgumentParser(description="Train with SA-PPO.")
-    runtime.common_arguments(parser, n=(1, 1), prompts_per_step=(128, 128), minibatch=(64, 64), kl_coef=(0.0, 0.0), ppo={
-        "--critic-lr": (2e-6, 1e-4, "the critic's AdamW learning rate, constant", float),
+    runtime.common_arguments(parser, n=(1, 1), prompts_per_step=(128, 128), minibatch=(64, 64), kl_coef=(0.0, 0.0),
+                             lr=(1e-6, 1e-4), steps=(500, 90), eval_every=(0, 30), ppo={
+        "--critic-lr": (2e-6, 2e-4, "the critic's AdamW learning rate, constant", float),
         "--gamma": (1.0, 1.0, "discount per token", float),
         "--lam": (1.0, 1.0, "GAE's lambda", float),
-        "--critic-warmup": (0, 10, "steps in which only the critic learns", int)})
+        "--critic-warmup": (0, 0, "steps in which only the critic learns", int)})
     parser.add_argument("--kl-in-reward", action="store_true", help="take --kl-coef times the log-ratio to the start off every "
                         "token's reward, instead of adding k3 to the loss")
     args = runtime.parse(parser, argv)

@@ -95,6 +95,17 @@ def test_answer_positions_follow_from_lengths_even_where_pad_and_stop_ids_are_eq
         model.float()
 
 
+def test_under_autocast_a_bfloat16_start_equals_the_float32_policy(model, prompts):
+    """The frozen start is kept in bfloat16; it must score like the float32 weights it is a rounding of, or KL never is zero."""
+    from conftest import TINY
+    from model import GPT
+    answers = [[5, 6, 7], [600], *([[9, 10]] * 6)]
+    with torch.autocast("cpu", torch.bfloat16):
+        policy = answer_logprobs(model, prompts, answers)
+        start = answer_logprobs(GPT.from_pretrained(TINY, dtype=torch.bfloat16), prompts, answers)
+    assert all(torch.equal(a, b) for a, b in zip(policy, start))
+
+
 def test_perplexity_and_reward_by_hand():
     # ppl(a|q) = 2 and ppl(a) = 8 over four tokens: R_SA = (8 - 2) / 8
     given, alone = torch.tensor([0.5, 0.5, 0.25, 1.0]).log(), torch.tensor([1 / 8, 1 / 16, 1 / 8, 1 / 4]).log()
