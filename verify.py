@@ -74,7 +74,7 @@ MAX_DEPTH = 25             # groups, fractions, roots and exponents inside one a
 MAX_EXPONENT = 2000        # decimal digits, of 1e2000
 MAX_BITS = 8000            # of an exact number
 MAX_TERMS = 200            # of an exact polynomial
-MAX_WORK = 8000            # steps of arithmetic for one verdict, about a microsecond each
+MAX_WORK = 6000            # steps of arithmetic for one verdict, about a microsecond each
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,8 @@ def judge(response: str, reference: str, verifier: str = "policy") -> Verdict:
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 _NUMBER = re.compile(rf"(?:(?<![\w)}}\]])[-+\u2212])?(?:\\?\$)?"
-                     rf"(?:\\[dtc]?frac\s?\{{\s?-?{_DIGITS}\s?\}}\s?\{{\s?-?{_DIGITS}\s?\}}|{_DIGITS}(?:\s?/\s?{_DIGITS})?)"
+                     rf"(?:\\[dtc]?frac\s?\{{\s?-?{_DIGITS}\s?\}}\s?\{{\s?-?{_DIGITS}\s?\}}"
+                     rf"|{_DIGITS}(?:\s?/\s?{_DIGITS})?)"
                      rf"(?:\s?\\?%)?")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,20}")
 _BLANK_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,20}\{\s*\}")
@@ -119,7 +120,7 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _MARKER = re.compile(r"\banswers?[*_`\"'\s]{0,8}(?:\bis\b|\bare\b|:|=)"
                      r"|^[#>*_ \t]{0,12}(?:the\s)?(?:final\s)?answers?[*_ \t]{0,8}$", re.IGNORECASE | re.MULTILINE)
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*\"'\u201d)_`\]]|$)|(?<=[0-9])\.(?=[A-Z])|;(?=\s|$)"
-                           r"|[,\s]+(?:because|since|so|which|as)\b", re.IGNORECASE)
+                           r"|(?<![,\s])[,\s]{1,20}(?:because|since|so|which|as)\b", re.IGNORECASE)
 _HASHES = re.compile(r"^####[ \t]*([-+\u2212]?(?:\\?\$|[\u20ac\u00a3])?[-+\u2212]?\.?[0-9][^\n]{0,200})", re.MULTILINE)
 _LEAD = re.compile(r"^\s*(?:therefore|thus|hence|simply|just|equal to)\s", re.IGNORECASE)
 _CALCULATION = re.compile(r"<<[^<>]*>>")                            # GSM8K's calculator marks
@@ -183,7 +184,8 @@ def _last_boxes(text: str, count: int) -> list[tuple[str | None, int, int]]:
             for brace in _BRACE.finditer(text, opening.end(), opening.end() + MAX_ANSWER):
                 depth += {"{": 1, "}": -1}.get(brace[0], 0)
                 if depth == 0:
-                    content, end = _trim(_BLANK_BOX.sub("", text[opening.end() + 1:brace.start()]), prose=False), brace.end()
+                    content = _trim(_BLANK_BOX.sub("", text[opening.end() + 1:brace.start()]), prose=False)
+                    end = brace.end()
                     break
         elif unbraced := _UNBRACED.match(text, opening.end()):      # \boxed 5
             content, end = unbraced[0], unbraced.end()
@@ -245,9 +247,13 @@ def _trim(value: str, prose: bool = True) -> str:
 _HEDGE = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively|another|either|could|might)\b", re.IGNORECASE)
 _CORRECTION = re.compile(r"\b(?:wait|no|not|wrong|actually|correct|corrected|correction|mistake|instead|sorry|oops)\b",
                          re.IGNORECASE)
-_LISTED = re.compile(r"[0-9)\]}%$](?:[\s*_$]*(?:[,;|/]|\bor\b|\band\b|\bto\b)|\s)[\s,;|*_$(\[]*(?:and|or)?[\s*_$(\[]*$")
-_TASK = re.compile(r"(?:^|[.!?:,][$)\]*\"']{0,3}\s|\n)\s{0,9}(?:how many|how much|what|which|find|compute|calculate|determine|evaluate|simplify|express|write|solve|give|"
-                   r"answer|enter|round|prove|show|state|convert|factor|expand)\b", re.IGNORECASE)
+_LISTED = re.compile(r"[0-9)\]}%$](?:[ *_$]*(?:[,;|/]|\bor\b|\band\b|\bto\b)|[ \t])"          # 3, 4 or _
+                     r"[\s,;|*_$(\[]*(?:and|or)?[\s*_$(\[]*$"
+                     r"|(?:^|\n)[^\w\n]*[0-9][0-9.,/]*[^\w\n]*\n[^\w]*$")                    # a line with a number only
+_START = r"""(?:^|\n|[.!?{}][$)\]*"']{{0,3}}\s)\s{{0,9}}"""                                       # of a sentence
+_TASK = re.compile(_START.format(":,") + r"(?:how many|how much|find|compute|calculate|determine|evaluate)\b|"
+                   + _START.format("") + r"(?:what|which|simplify|express|write|solve|give|answer|enter|round|prove|"
+                   r"show|state|convert|factor|expand)\b", re.IGNORECASE)
 _SENTENCE_START = re.compile(r"[.!?][$)\]*\"']{0,3}\s{1,9}(?=[A-Z$\\])|\n\s*\n")
 _CHOICES = ("a", "b", "c", "d", "e", "true", "false")
 _STATED = re.compile(r"\b(?:is|are|be|option|choice|choose|select|pick|therefore|thus|hence|so)\b[\s,:]{1,3}"
@@ -285,16 +291,19 @@ def _is_problem(text: str, start: int) -> bool:
 
 def _boxes_together(text: str) -> str:
     """G3: the last box and those before it with little in between, as one list of the different answers."""
-    boxes = _last_boxes(text, 12)
-    values = [boxes[0][0]]
-    for (content, _, end), (_, start, _) in zip(boxes[1:], boxes):
-        gap = text[end:start]
-        if content is None or len(gap) > 200 or _CORRECTION.search(gap) or (
-                len(_WORD.findall(gap)) >= 5 and not _HEDGE.search(gap)):
+    (answer, start, _), *earlier = _last_boxes(text, 12)
+    answers = [answer]
+    for content, begin, end in earlier:
+        if content is None:
             break
-        if not any(is_equivalent(content, value) for value in values):
-            values.append(content)
-    return ", ".join(values[::-1])
+        if end > start:                                             # a box round the box
+            continue
+        gap, start = text[end:start], begin
+        if len(gap) > 200 or _CORRECTION.search(gap) or (len(_WORD.findall(gap)) >= 5 and not _HEDGE.search(gap)):
+            break
+        if content not in answers:
+            answers.append(content)
+    return ", ".join(answers[::-1])
 
 
 # --------------------------------------------------------------------------------------------------- equivalence
@@ -347,36 +356,39 @@ def is_equivalent(prediction: str, reference: str) -> bool:
         return Fraction(a) == Fraction(b)
     left, right = _readings(a), _readings(b)
     work = _Work()
-    if any(_same(x, y, work) for x in left for y in right):
-        return True
+    try:
+        if any(_same(x, y, work) for x in left for y in right):
+            return True
+    except _Undefined:                              # out of work
+        return False
     if any(_kind(x) == "text" for x in left + right) and _text(a) == _text(b):
         return True
-    if not left and not right and _spelling(a) == _spelling(b):     # outside the grammar: only the same spelling will do
+    if not left and not right and _spelling(a) == _spelling(b):     # outside the grammar only the same spelling will do
         return True
     return _labelled(a, b) or _labelled(b, a)
 
 
 def _readings(text: str) -> list:
-    """The ways to read an answer. Two where a comma may group digits or separate items: 100,200 (P15 and P6)."""
+    """The ways to read an answer: a comma may group digits or separate items (100,200), a letter be a unit (10 m)."""
+    texts = [text, _LONE_UNIT.sub(r" \\text{\1}", text)] if _LONE_UNIT.search(text) else [text]
     readings = []
-    for grouping in (True, False):
-        try:
-            readings.append(_Parser(_tokens(text, grouping)).answer())
-        except _Words:
-            form = _text(text)
-            return [_TEXT_VALUES.get(form, ("text", form))]
-        except _Unreadable:
-            pass
-        if not _GROUPED.search(text):
-            break
+    for grouping in (True, False) if _GROUPED.search(text) else (True,):
+        for reading in texts:
+            try:
+                readings.append(_Parser(_tokens(reading, grouping)).answer())
+            except _Words:
+                form = _text(text)
+                return [_TEXT_VALUES.get(form, ("text", form))]
+            except _Unreadable:
+                pass
     return readings
 
 
 # ---------------------------------------------------------------------------------------------------------- text
 
 _WRAPPERS = r"\\(?:text|mbox|mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal|operatorname)\s?\{"
-_TEXT_VALUES = {"nosolution": ("set",), "nosolutions": ("set",), "norealsolution": ("set",), "norealsolutions": ("set",),
-                "emptyset": ("set",), "allrealnumbers": "ℝ", "allreals": "ℝ"}
+_TEXT_VALUES = {"nosolution": ("set",), "nosolutions": ("set",), "norealsolution": ("set",), "emptyset": ("set",),
+                "norealsolutions": ("set",), "allrealnumbers": "ℝ", "allreals": "ℝ"}
 _LABEL = re.compile(r"\(?([A-E])[).:]\s+([\w\\$].*)", re.DOTALL)
 
 
@@ -414,12 +426,12 @@ _TOKEN = {grouping: re.compile(rf"""
     for grouping, comma in ((True, "|[ ,]"), (False, ""))}
 _DEGREE = re.compile(r"\^\s?\{?\s?\\circ\s?\}?|\\circ(?![A-Za-z])")
 _ORDINAL = re.compile(r"(?<=[0-9])\s?\^\s?\{?\s?(?:\\(?:text|mathrm)\s?)?\{?(?:st|nd|rd|th)\}?\s?\}?")
-_LONE_UNIT = re.compile(r"(?<=[0-9]) ([mshgLNJWV])(?![A-Za-z(^_])")
+_LONE_UNIT = re.compile(r"(?<=[0-9]) ([mshgLNJWV])(?=/[a-z]{1,3}$|\^[23]$|\s?(?:[,;]|$))")
 
 _UNICODE = str.maketrans({
     "−": "-", "–": "-", "－": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "∕": "/", "⁄": "/", "π": "\\pi ",
     "∞": "\\infty ", "√": "\\sqrt ", "≤": "<=", "≥": ">=", "⩽": "<=", "⩾": ">=", "≠": "!=", "∪": "\\cup ", "∈": "\\in ",
-    "∅": "\\emptyset ", "±": "\\pm ", "∓": "\\mp ", "≈": "\\approx ", "…": "...", "ℝ": "\\mathbb{R}", "º": "°", "％": "%",
+    "∅": "\\emptyset ", "±": "\\pm ", "∓": "\\mp ", "≈": "\\approx ", "…": "...", "º": "°", "％": "%",
     "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "λ": "\\lambda ", "，": ",", "：": ":", "（": "(", "）": ")",
     "⟨": "\\langle ", "⟩": "\\rangle ", "’": "'", "²": "^2", "³": "^3",
     **{fraction: f" {top}/{bottom}" for fraction, top, bottom in zip(
@@ -427,17 +439,17 @@ _UNICODE = str.maketrans({
     **{chr(0xFF10 + digit): str(digit) for digit in range(10)}})
 
 _BEYOND_ASCII = ("°", "ℝ", "€", "£", "¢")
-_SKIPPED = frozenset(r"""\left \right \displaystyle \textstyle \limits \big \Big \bigl \bigr \Bigl \Bigr \bigg \Bigg \quad
-    \qquad \, \; \: \! \( \) \[ \] ~ \vec \hat \boldsymbol \overline \bar \overrightarrow \rm \bf \it \text \mathrm
-    \mathbf \mbox \textbf \hline""".split()) | {"\\ ", "\\\n", "\\\t", "\\\r"}
+_SKIPPED = frozenset(r"""\left \right \displaystyle \textstyle \limits \big \Big \bigl \bigr \Bigl \Bigr \bigg \Bigg
+    \quad \qquad \, \; \: \! \( \) \[ \] ~ \vec \hat \boldsymbol \overline \bar \overrightarrow \rm \bf \it \text
+    \mathrm \mathbf \mbox \textbf \hline""".split()) | {"\\ ", "\\\n", "\\\t", "\\\r"}
 _ALIASES = dict(pair.split("~") for pair in r"""
     \dfrac~\frac \tfrac~\frac \cfrac~\frac \dbinom~\binom \tbinom~\binom \times~* \cdot~* \ast~* \div~/ **~^
     \leq~<= \le~<= \leqslant~<= \geq~>= \ge~>= \geqslant~>= \neq~!= \ne~!= \lt~< \gt~> \colon~: \land~and \lor~or
     \lbrace~\{ \rbrace~\} \lvert~| \rvert~| \vert~| \mid~| \|~| \langle~( \rangle~) \lbrack~[ \rbrack~] \%~% \$~$
     percent~% \varnothing~\emptyset ...~\dots \ldots~\dots \cdots~\dots \degree~° \backslash~\setminus \R~ℝ
     \mathbb{R}~ℝ infinity~\infty inf~\infty asin~arcsin acos~arccos atan~arctan""".split())
-_FUNCTIONS = frozenset("sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln lg exp abs floor ceil min max "
-                       "gcd lcm".split())
+_FUNCTIONS = frozenset("sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln lg exp abs floor ceil min "
+                       "max gcd lcm".split())
 _PLAIN = _FUNCTIONS | {"sqrt", "pi", "theta", "alpha", "beta", "lambda"}            # may be written without a backslash
 _UNITS = {spelling: unit.split()[0] for unit in """
     $ dollar dollars usd bucks; cent cents ¢; eur euro euros €; gbp £; lb lbs pound pounds; ° degree degrees deg;
@@ -446,13 +458,13 @@ _UNITS = {spelling: unit.split()[0] for unit in """
     g gram grams; kg kgs kilogram kilograms; mg milligram milligrams; oz ounce ounces; l liter liters litre litres;
     ml milliliter milliliters; s sec secs second seconds; min mins minute minutes; h hr hrs hour hours; day days;
     per /; mph; kph; rpm; sq square; cu cubic; th; st; nd; rd""".split(";") for spelling in unit.split()}
-_NOT_UNITS = frozenset("""not no none nor or and but is are be was if then than to maybe perhaps possibly about versus vs plus
-    minus times over divided by squared cubed factorial point half halves third thirds quarter quarters fourth fifth
-    fifths tenth tenths hundredth hundredths hundred thousand million billion trillion dozen am pm wrong incorrect false
-    true yes unknown undefined nan mod modulo power root base between either neither except without less more greater
-    fewer from through until approximately answer""".split())
-_SHORT_WORDS = frozenset("""one two six ten yes odd the it of nan red men day car cup box pen egg cat dog way pie bag bus jar
-    all any old new ago age top""".split()) | _NOT_UNITS
+_NOT_UNITS = frozenset("""not no none nor or and but is are be was if then than to maybe perhaps possibly about versus
+    vs plus minus times over divided by squared cubed factorial point half halves third thirds quarter quarters fourth
+    fifth fifths tenth tenths hundredth hundredths hundred thousand million billion trillion dozen am pm wrong incorrect
+    false true yes unknown undefined nan mod modulo power root base between either neither except without less more
+    greater fewer from through until approximately answer""".split())
+_SHORT_WORDS = _NOT_UNITS | set("""one two six ten yes odd the it of nan red men day car cup box pen egg cat dog way pie
+    bag bus jar all any old new ago age top""".split())
 _NUMBER_WORDS = {word: n for n, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty".split())} | {
@@ -473,8 +485,6 @@ def _tokens(text: str, grouping: bool) -> list[str]:
         after = re.findall(r"(?<!\\)\$(.?)", text, re.DOTALL)
         if len(after) % 2 == 0 and not all(character.isdigit() for character in after):
             text = re.sub(r"(\\\$)|\$", r"\1", text)
-    if " " in text:
-        text = _LONE_UNIT.sub(r" \\text{\1}", text)
     if "^" in text:
         text = _ORDINAL.sub(r" \\text{th}", text)
     if text.endswith(".") and not text.endswith(".."):
@@ -533,8 +543,9 @@ def _letters(name: str, after_number: bool) -> list[str]:
 _RELATIONS = {"=": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "\\in": "in", "\\approx": "="}
 _INEQUALITIES = {"<", ">", "<=", ">=", "!="}
 _ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")
-_GREEK = frozenset("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma "
-                   "tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell".split())
+_GREEK = frozenset("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho "
+                   "sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega "
+                   "ell".split())
 _CONSTANTS = ("pi", "e", "i", "∞", "ℝ", "…")
 _NAMED = {"\\pi": "pi", "\\infty": "∞", "\\dots": "…", "ℝ": "ℝ", "\\emptyset": ("set",)}
 _CALLS = {"\\" + name for name in _FUNCTIONS}
@@ -545,10 +556,10 @@ _CLOSING = {"(": (")", "]"), "[": ("]", ")", "["), "]": ("[", "]"), "{": ("}",),
 
 
 class _Parser:
-    """Recursive descent, a method per level: answer > item > relation > union > ratio > sum > product > power > atom."""
+    """Recursive descent, one method per level: answer, item, relation, union, ratio, sum, product, power, atom."""
 
     def __init__(self, tokens: list[str]):
-        self.tokens = tokens + ["", "", ""]
+        self.tokens = tokens + ["", "", ""]     # the end, and room to look ahead
         self.at = 0
         self.token = tokens[0]
         self.depth = 0              # of atoms inside atoms
@@ -559,6 +570,8 @@ class _Parser:
 
     def next(self) -> str:
         token = self.token
+        if not token:
+            raise _Unreadable
         self.at += 1
         self.token = self.tokens[self.at]
         return token
@@ -614,18 +627,18 @@ class _Parser:
         return ("rel", tuple(signs), *terms) if signs else terms[0]
 
     def name_before_equals(self) -> str | None:
-        """The left side of f(x) = ... and of Total cost = ... as one name."""
+        """The left side of f(x) = ... or Total cost = ... as one name."""
         end = self.at
-        if self.token[:1] == '"':
+        if self.token[:1] == '"' and self.token[1:].lower() not in _NOT_UNITS:
             while self.tokens[end][:1] == '"':
                 end += 1
         elif self.token in _LETTERS and self.tokens[end + 1] in ("(", "^"):
             while self.tokens[end] not in (")", "=", ""):
                 end += 1
-            end += self.tokens[end] == ")"
-        name = "".join(self.tokens[self.at:end])
-        if not name or self.tokens[end] != "=" or name[-1:] not in ")" and name[0] != '"' or name[1:].lower() in _NOT_UNITS:
+            end += 1
+        if end == self.at or self.tokens[end] != "=" or self.tokens[end - 1] in ("=", ""):
             return None
+        name = "".join(self.tokens[self.at:end])
         self.at, self.token = end, "="
         return name
 
@@ -667,7 +680,8 @@ class _Parser:
                 sign = self.next()
                 factor = self.signed(self.power)
                 factors.append(factor if sign == "*" else _reciprocal(factor))
-            elif self.token in _FACTORS or self.token in _CALLS or self.token == "(" or (self.token == "|" and not self.bars):
+            elif self.token in _FACTORS or self.token in _CALLS or self.token == "(" or (
+                    self.token == "|" and not self.bars):
                 factors.append(self.power())                        # 2x, 3(x+1), x sin x
             else:
                 break
@@ -694,7 +708,7 @@ class _Parser:
                 tower = [node]
                 while self.token == "^" and len(tower) < MAX_DEPTH:
                     self.next()
-                    tower.append(self.signed(self.atom))
+                    tower.append(self.argument())
                 while len(tower) > 1:                               # 2^3^2 is 2^(3^2)
                     tower[-2:] = [("^", tower[-2], tower[-1])]
                 node = tower[0]
@@ -829,7 +843,7 @@ class _Parser:
         raise _Unreadable
 
     def argument(self, shared: bool = False):
-        """What \\frac and \\sqrt take: a group or one token. shared: of 34 after \\frac, 3 is the top and 4 the bottom."""
+        """What \\frac, \\sqrt, ^ take: a group or one token. shared: of 34 after \\frac, 3 is on top and 4 below."""
         if self.token.isdigit():
             digits = self.token
             if shared and len(digits) > 1:
@@ -839,14 +853,14 @@ class _Parser:
         return self.signed(self.atom)
 
     def call(self):
-        """\\sin x, \\sin^2 x, \\sin^{-1} x, \\log_2 8, \\max(1, 2); without brackets all factors up to the next function."""
+        """\\sin x, \\sin^2 x, \\sin^{-1} x, \\log_2 8, \\max(1, 2); without brackets up to the next call."""
         name = self.next()[1:]
         power = base = None
         while self.token in ("^", "_"):
             if self.next() == "^":
-                power = self.signed(self.atom)
+                power = self.argument()
             else:
-                base = self.atom()
+                base = self.argument()
         if power == -1 and name in ("sin", "cos", "tan"):
             name, power = "arc" + name, None
         self.angle += name in _ANGLES
@@ -902,7 +916,7 @@ class _Parser:
     def unit(self):
         """The words after a value, with powers and slashes, as a unit or counted noun; some words never are one."""
         words = []
-        while self.token[:1] == '"' or (words and self.token in ("^", "/", "*")):
+        while self.token[:1] == '"' or (words and self.token in ("^", "/")):
             word = self.next()
             if word == "^":
                 words.append("^" + self.subscript())
@@ -1153,7 +1167,7 @@ def _exact_power(top: dict, bottom: dict, n, work: _Work) -> tuple[dict, dict]:
 
 
 def _exact_root(value: Fraction, index: int, work: _Work) -> dict:
-    """A square root as a rational times a product of √p, or a root that comes out even. Odd roots of negatives are real."""
+    """A square root as a rational times a product of √p, or a root that comes out even; real for odd indices."""
     top, bottom = abs(value.numerator), value.denominator
     work.spend(20)
     if not value:
@@ -1207,12 +1221,15 @@ def _exact_call(name: str, arguments: tuple, work: _Work) -> tuple[dict, dict]:
             raise _Inexact
         return _exact_root(Fraction(values[0]), values[1], work), _ONE
     if name in ("factorial", "gcd", "lcm"):
-        if not all(isinstance(value, int) and 0 <= value <= (1000 if name == "factorial" else 10 ** 50) for value in values):
+        limit = 1000 if name == "factorial" else 10 ** 50
+        if not all(isinstance(value, int) and 0 <= value <= limit for value in values):
             raise _Undefined
         work.spend(values[0] if name == "factorial" else 50 * len(values))
+    if name in ("min", "max"):
+        return _exact(min(values) if name == "min" else max(values), work)
     function = {"abs": abs, "floor": math.floor, "ceil": math.ceil, "factorial": math.factorial, "gcd": math.gcd,
-                "lcm": math.lcm, "min": min, "max": max}[name]
-    return _exact(function(*values) if len(values) > 1 or name not in ("min", "max") else values[0], work)
+                "lcm": math.lcm}[name]
+    return _exact(function(*values), work)
 
 
 # -------------------------------------------------------------------------------------------- numeric arithmetic
@@ -1226,10 +1243,12 @@ _0, _1 = Decimal(0), Decimal(1)
 
 
 def _random_points() -> list[tuple[Decimal, ...]]:
-    """Four real points and six whole ones, with a value for each of 12 variables; signs and order differ in every way."""
+    """Four real points and six whole ones, values for 12 variables each; signs and order differ in every way."""
     dice = random.Random(0)
-    points = [tuple(Decimal(signs[k % len(signs)] * dice.randint(10 ** 11, 24 * 10 ** 11)) / 10 ** 12 for k in range(12))
-              for signs in ((1,), (-1,), (1, -1), (-1, -1, 1, 1))]
+    points = []
+    for signs in ((1,), (-1,), (1, -1), (-1, -1, 1, 1)):
+        points.append(tuple(Decimal(signs[k % len(signs)] * dice.randint(10 ** 11, 24 * 10 ** 11)) / 10 ** 12
+                            for k in range(12)))
     for _ in range(3):
         whole = tuple(map(Decimal, dice.sample(range(4, 40, 3), 12)))
         points += [whole, tuple(43 - n for n in whole)]
@@ -1263,7 +1282,7 @@ def _value(node, point: dict, work: _Work) -> tuple[Decimal, Decimal]:
     if kind == "^":
         n = node[2]
         if isinstance(n, Fraction) and n.denominator % 2 and not z[1] and z[0] < 0:     # (-8)^(2/3) = 4 is real
-            size = (-z[0]) ** (Decimal(n.numerator) / n.denominator)
+            size = _pow((-z[0], _0), (Decimal(n.numerator) / n.denominator, _0), work)[0]
             return (-size if n.numerator % 2 else size), _0
         return _pow(z, _value(n, point, work), work)
     for part in node[2:]:
@@ -1288,10 +1307,15 @@ def _div(z, w):
 
 
 def _pow(z, w, work: _Work):
-    work.spend(15)
     whole = not w[1] and w[0] == w[0].to_integral_value()
-    if not w[1] and not z[1] and (z[0] > 0 or whole):
+    if whole and not z[1]:
         return z[0] ** w[0], _0
+    work.spend(50)
+    if not w[1] and not z[1] and z[0] > 0:
+        with decimal.localcontext() as context:
+            context.prec += 10                                      # the exponent's error counts in full
+            power = (w[0] * z[0].ln()).exp()
+        return +power, _0
     if not z[0] and not z[1]:
         if w[1] or w[0] <= 0:
             raise _Undefined
@@ -1408,7 +1432,7 @@ def _call(name: str, arguments: list, work: _Work):
         return x.to_integral_value(decimal.ROUND_FLOOR if name == "floor" else decimal.ROUND_CEILING), _0
     if name in ("min", "max"):
         return (min if name == "min" else max)(argument[0] for argument in arguments), _0
-    if name in ("factorial", "binom") and x == int(x) and y == int(y) and 0 <= y <= 200 and 0 <= x <= 200:
+    if name in ("factorial", "binom") and 0 <= x <= 200 and 0 <= y <= 200 and x == int(x) and y == int(y):
         return Decimal(math.factorial(int(x)) if name == "factorial" else math.comb(int(x), int(y))), _0
     raise _Undefined
 
@@ -1451,6 +1475,7 @@ def _same_value(a, b, work: _Work) -> bool:
     """Are two values equal? Exactly if both have an exact form, else at random points in two precisions."""
     if a == b:
         return True
+    work.spend(5)
     try:
         (top_a, bottom_a), (top_b, bottom_b) = _exact(a, work), _exact(b, work)
         if bottom_a == bottom_b:
@@ -1476,23 +1501,25 @@ def _same_value(a, b, work: _Work) -> bool:
 
 
 def _same(a, b, work: _Work) -> bool:
-    """Are two parsed answers equal?"""
+    """Are two parsed answers equal? Raises _Undefined when the work is used up."""
     if a == b:
         return True
+    work.spend(2)
     unit_a, a = a[1:] if isinstance(a, tuple) and a[0] == "unit" else ("", a)
     unit_b, b = b[1:] if isinstance(b, tuple) and b[0] == "unit" else ("", b)
     if unit_a and unit_b and unit_a != unit_b:                                          # P3
         return False
-    if _kind(a) == "rel" != _kind(b) or _kind(b) == "rel" != _kind(a) or "in" in str((a, b)):
+    kind_a, kind_b = _kind(a), _kind(b)
+    if "rel" in (kind_a, kind_b) and (kind_a != kind_b or a[1][0] != b[1][0]):
         named_a, named_b = _after_name(a, work), _after_name(b, work)
         if (named_a is None) != (named_b is None):                                      # P7
             return _same(a if named_a is None else named_a, b if named_b is None else named_b, work)
-    kind_a, kind_b = _kind(a), _kind(b)
     kinds = {kind_a, kind_b}
     if kinds == {"value"}:
-        if (a[:1] == ("%",) if isinstance(a, tuple) else False) != (b[:1] == ("%",) if isinstance(b, tuple) else False):
-            bare = (a[1], b) if isinstance(a, tuple) and a[0] == "%" else (a, b[1])
-            return _same_value(a, b, work) or _same_value(*bare, work)                  # P5
+        bare_a, bare_b = (x[1] if isinstance(x, tuple) and x[0] == "%" else None for x in (a, b))
+        if (bare_a is None) != (bare_b is None) and _same_value(                        # P5
+                a if bare_a is None else bare_a, b if bare_b is None else bare_b, work):
+            return True
         return _same_value(a, b, work)
     if _is_region(a) or _is_region(b):                                                  # P10
         if kinds == {"rel"} and _names(a, set()) != _names(b, set()):
@@ -1505,10 +1532,12 @@ def _same(a, b, work: _Work) -> bool:
     if "seq" in kinds and "matrix" in kinds:                                            # a column vector as a tuple
         a, b = (a, b) if kind_b == "seq" else (b, a)
         return a[1] == 1 and b[1] == "()" and _same_parts(a, b, work)
-    if "seq" in kinds and "list" in kinds:                                              # m = 3/2, b = -13 as a tuple
+    if "seq" in kinds and "list" in kinds:
         a, b = (a, b) if kind_b == "seq" else (b, a)
+        if all(_same(x, b, work) for x in a[1:]):                                       # (1,2) or (2/2,2)
+            return True
         values = [_after_name(x, work) for x in a[1:]]
-        return None not in values and b[1] == "()" and _same_parts(("list", *values), b, work)
+        return None not in values and b[1] == "()" and _same_parts(("list", *values), b, work)     # m = 3, b = 1
     if kinds & {"list", "set", "all"} and not kinds & {"seq", "matrix"}:
         items_a, items_b = (x[1:] if k in ("list", "set", "all") else (x,) for x, k in ((a, kind_a), (b, kind_b)))
         return _same_items(items_a, items_b, "set" in kinds or "value" in kinds, work)
@@ -1534,10 +1563,11 @@ def _same_parts(a: tuple, b: tuple, work: _Work) -> bool:
 def _same_items(xs: tuple, ys: tuple, repetition: bool, work: _Work) -> bool:
     """Equal in any order (P6). repetition: may an item occur more often on one side?"""
     if repetition:
-        return all(any(_same(x, y, work) for y in ys) for x in xs) and all(any(_same(x, y, work) for x in xs) for y in ys)
+        return (all(any(_same(x, y, work) for y in ys) for x in xs)
+                and all(any(_same(x, y, work) for x in xs) for y in ys))
     rest = list(ys)
     for x in xs:
-        match = next((k for k, y in enumerate(rest) if _same(x, y, work)), None)
+        match = rest.index(x) if x in rest else next((k for k, y in enumerate(rest) if _same(x, y, work)), None)
         if match is None:
             return False
         del rest[match]
@@ -1567,7 +1597,8 @@ def _is_name(node) -> bool:
 
 def _same_relation(a: tuple, b: tuple, work: _Work) -> bool:
     """Equal term by term, or one equation or inequality a constant multiple of the other (P11)."""
-    a, b = (("rel", tuple(_FLIPPED[sign] for sign in r[1][::-1]), *r[:1:-1]) if r[1][0] in (">", ">=") else r for r in (a, b))
+    a, b = (("rel", tuple(_FLIPPED[sign] for sign in r[1][::-1]), *r[:1:-1]) if r[1][0] in (">", ">=") else r
+            for r in (a, b))
     if a[1] != b[1]:
         return False
     if _same_parts(a, b, work):
@@ -1655,7 +1686,9 @@ def _half_line(left, sign: str, right, work: _Work) -> list | None:
         return None
     sign = sign if rise > 0 else _FLIPPED[sign]
     below, above = (-_INFINITE, False, bound, sign == "<="), (bound, sign == ">=", _INFINITE, False)
-    return {"<": [below], "<=": [below], ">": [above], ">=": [above], "!=": [below, above]}.get(sign, [(bound, True, bound, True)])
+    if sign == "=":
+        return [(bound, True, bound, True)]
+    return [below, above] if sign == "!=" else [below] if sign in ("<", "<=") else [above]
 
 
 def _end(node, work: _Work) -> Decimal | None:
