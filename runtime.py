@@ -238,6 +238,7 @@ def load_data(args, tokenizer) -> tuple[list, list[list[int]], list]:
         if cut == 0:
             raise ValueError(f"--eval-every holds out a tenth of the data, but there are only {len(problems)} problems: use 0")
         held_out, problems = [problems[i] for i in order[:cut]], [problems[i] for i in sorted(order[cut:])]
+    held_out = [p for p in held_out if len(encode_prompt(tokenizer, p.question)) <= args.max_prompt_tokens]
     prompts = [encode_prompt(tokenizer, p.question) for p in problems]
     short = [i for i, prompt in enumerate(prompts) if len(prompt) <= args.max_prompt_tokens]
     skipped = len(prompts) - len(short)
@@ -302,14 +303,17 @@ class Run:
         self.stop_signal: int | None = None
         if args.resume:
             self.checkpoint = self.newest_checkpoint()
-            if self.checkpoint is None:
-                raise ValueError(f"{self.folder} has no whole checkpoint to resume from: start again under another --run")
             for stale in self.folder.glob("*.tmp"):  # a kill during a checkpoint's writing leaves one
                 shutil.rmtree(stale)
-            state = read_json(self.checkpoint / "state.json")
+            state = {"step": 0, "log_bytes": {name: 0 for name in self.LOGS}}
+            if self.checkpoint:
+                state = read_json(self.checkpoint / "state.json")
+            else:
+                print(f"note: {self.folder} has no whole checkpoint yet: starting at the first step", file=sys.stderr)
             self.step = state["step"]
             for name, size in state["log_bytes"].items():
-                os.truncate(self.folder / name, size)
+                if (self.folder / name).exists():
+                    os.truncate(self.folder / name, size)
         elif (self.folder / "config.json").exists():
             raise ValueError(f"{self.folder} already holds a run: go on with it by --resume, or choose another --run")
         try:
@@ -328,7 +332,11 @@ class Run:
                     "threads": torch.get_num_threads()}
         if args.device.startswith("cuda"):
             versions["gpu"] = torch.cuda.get_device_name(args.device)
-        config = {"algorithm": algorithm, "settings": vars(args) | {"resume": False}, "git_commit": git_commit(), "versions": versions}
+        here = {"git_commit": git_commit(), "versions": versions}
+        config = {"algorithm": algorithm, "settings": vars(args) | {"resume": False}, **here}
+        if args.resume:  # what it began with stays, what it goes on with is added
+            before = read_json(self.folder / "config.json")
+            config = before | {"settings": config["settings"], "resumes": [*before.get("resumes", []), {"step": self.step, **here}]}
         write_atomically(self.folder / "config.json", json.dumps(config, indent=2))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
@@ -368,11 +376,11 @@ class Run:
             os.fsync(log.fileno())
         state = {"step": step, "log_bytes": {name: (self.folder / name).stat().st_size for name in self.LOGS}}
         (scratch / "state.json").write_text(json.dumps(state))
-        for file in scratch.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        shutil.rmtree(place, ignore_errors=True)  # of an earlier life of this run, past the point it resumed from
+        for path in (*scratch.iterdir(), scratch):
+            sync(path)
+        shutil.rmtree(place, ignore_errors=True)  # one without optimizer state, which a resume passed over
         scratch.rename(place)
+        sync(self.folder)
         for name in ("optimizer", "critic", "critic_optimizer"):
             for older in self.folder.glob(f"step_*/{name}.safetensors"):
                 if older.parent != place:
@@ -396,6 +404,15 @@ class Run:
         if evals:
             print(table({"base" if e["step"] == 0 else f"step {e['step']}": e for e in (evals[0], evals[-1])}))
         print(f"{self.folder}: {newest.name if newest else 'no checkpoint'}, metrics.jsonl, completions.jsonl")
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file or folder to the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_atomically(path: Path, text: str) -> None:

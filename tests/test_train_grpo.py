@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,15 @@ def test_resume_refuses_to_change_the_run(runs):
         train("--run", "r")
     train_sa_grpo.main(["--run", "r", "--resume", "--steps", "3"])  # more steps are no change
     assert [m["step"] for m in metrics(runs / "r")] == [1, 2, 3]
+    assert [r["step"] for r in json.loads((runs / "r" / "config.json").read_text())["resumes"]] == [2]
+
+
+def test_resume_before_the_first_checkpoint_starts_over(runs, capsys):
+    train("--run", "early", "--steps", 2)
+    shutil.rmtree(runs / "early" / "step_000002")
+    train_sa_grpo.main(["--run", "early", "--resume"])
+    assert [m["step"] for m in metrics(runs / "early")] == [1, 2]
+    assert "no whole checkpoint yet" in capsys.readouterr().err
 
 
 # ---- bad input: one sentence, exit status 2 ----
