@@ -99,7 +99,7 @@ def common_arguments(parser: argparse.ArgumentParser, ppo: dict | None = None, *
     add(group, "--eval-every", 0, 35, "greedy accuracy on held-out problems every so many steps, before the first and after the "
         "last; 0: never", type=int)
     group.add_argument("--micro-tokens", type=int, help="tokens in one forward and backward, padding included; bounds memory and "
-                       "changes nothing else (default: 8192; large models on a CPU: 1024)")
+                       "changes nothing else (default: 8192; large models on a CPU: 512)")
     group.add_argument("--slots", type=int, help="answers that decode at once (default: what the free memory holds)")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU if there is one)")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matmuls; weights and optimizer are float32 "
@@ -128,7 +128,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     del args._pairs
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: PyTorch sees no GPU here")
-    args.micro_tokens = args.micro_tokens or (8192 if args.model == "tiny" or args.device.startswith("cuda") else 1024)
+    args.micro_tokens = args.micro_tokens or (8192 if args.model == "tiny" or args.device.startswith("cuda") else 512)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     positive = ("steps", "prompts_per_step", "n", "minibatch", "epochs", "lr", "max_prompt_tokens", "max_new_tokens",
                 "temperature", "save_every", "micro_tokens", "critic_lr")
@@ -440,5 +440,5 @@ def load_optimizer(path: Path, model, optimizer) -> None:
     for name, value in load_file(path).items():
         parameter, key = name.rsplit(".", 1)
         p = parameters[parameter]
-        optimizer.state[p][key] = value if key == "step" else value.to(p.device)
+        optimizer.state[p][key] = value.to(p.device)
 

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     policy = GPT.from_pretrained(run.checkpoint or folder, device=args.device)  # float32 weights, also on a GPU
     reference = GPT.from_pretrained(folder, dtype=getattr(torch, args.dtype), device=args.device).requires_grad_(False)
     sampler = runtime.sampler_for(policy, args)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
     if run.checkpoint:
         runtime.load_optimizer(run.checkpoint / "optimizer.safetensors", policy, optimizer)
 

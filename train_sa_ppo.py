@@ -150,8 +150,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.kl_coef:
         reference = GPT.from_pretrained(folder, dtype=getattr(torch, args.dtype), device=args.device).requires_grad_(False)
     sampler = runtime.sampler_for(policy, args)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_lr, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_lr, weight_decay=WEIGHT_DECAY, fused=True)
     if run.checkpoint:
         runtime.load_optimizer(run.checkpoint / "optimizer.safetensors", policy, optimizer)
         runtime.load_parameters(run.checkpoint / "critic.safetensors", critic)
@@ -218,18 +218,22 @@ def main(argv: list[str] | None = None) -> None:
                     with runtime.autocast(args):
                         hidden, targets = answer_hidden(policy, [contexts[i] for i in micro], [answers[i] for i in micro])
                         logprob, entropy = fused_logprob(hidden, policy.unembedding, targets)  # (L,) each
-                        value = critic.values([contexts[i] for i in micro], [answers[i] for i in micro])  # (L,)
                     token_loss, clipped = policy_loss(logprob, old, advantage)
                     kl = kl_k3(logprob, start)
                     if args.kl_coef and not args.kl_in_reward:
                         token_loss = token_loss + args.kl_coef * kl
                     loss = token_loss.sum() / denominator
+                    if not torch.isfinite(loss):
+                        run.stop_on_nan(step, "loss", [texts[i] for i in micro], [answers[i] for i in micro])
+                    loss.backward()  # before the critic's forward: only one of the two graphs is in memory
                     old_value = torch.cat([old_values[i] for i in micro]).to(args.device)  # (L,)
                     target = torch.cat([returns[i] for i in micro]).to(old)  # (L,)
+                    with runtime.autocast(args):
+                        value = critic.values([contexts[i] for i in micro], [answers[i] for i in micro])  # (L,)
                     critic_loss = value_loss(value, old_value, target).sum() / denominator
-                    if not torch.isfinite(loss + critic_loss):
-                        run.stop_on_nan(step, "loss", [texts[i] for i in micro], [answers[i] for i in micro])
-                    (loss + critic_loss).backward()
+                    if not torch.isfinite(critic_loss):
+                        run.stop_on_nan(step, "value loss", [texts[i] for i in micro], [answers[i] for i in micro])
+                    critic_loss.backward()
                     totals["loss"] += loss.item()
                     totals["value_loss"] += critic_loss.item()
                     totals["entropy"] += entropy.detach().sum().item()
