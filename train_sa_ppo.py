@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- settings ----
     parser = argparse.ArgumentParser(description="Train with SA-PPO.")
     runtime.common_arguments(parser, n=(1, 1), prompts_per_step=(128, 128), minibatch=(64, 64), kl_coef=(0.0, 0.0),
-                             lr=(1e-6, 1e-4), steps=(500, 90), eval_every=(0, 30), ppo={
+                             lr=(1e-6, 1.5e-4), steps=(500, 60), eval_every=(0, 20), ppo={
         "--critic-lr": (2e-6, 2e-4, "the critic's AdamW learning rate, constant", float),
         "--gamma": (1.0, 1.0, "discount per token", float),
         "--lam": (1.0, 1.0, "GAE's lambda", float),
