@@ -1,6 +1,6 @@
 """Accuracy and length of a model on problems, decoded greedily; AES against another model.
 
-    python evaluate.py --model runs/NAME/step_000150 --against tiny --data tiny-test
+    python evaluate.py --model runs/NAME/step_000140 --against tiny --data tiny
 
 AES, the accuracy-efficiency score, rewards shorter answers and five times as strongly more accurate ones (arXiv 2509.05489):
 
@@ -23,6 +23,8 @@ from verify import judge
 def evaluate(model, tokenizer, problems: list, *, max_new_tokens: int, verifier: str = "policy", slots: int | None = None) -> dict:
     """Greedy answers to every problem: {"problems", "accuracy", "length", "unfinished", "unparsed"}; lengths are mean tokens,
     stop token included, the rest are shares of the problems."""
+    if not problems:
+        raise ValueError("there are no problems to evaluate on")
     rollouts = generate(model, [encode_prompt(tokenizer, p.question) for p in problems], max_new_tokens=max_new_tokens,
                         stop=tokenizer.stop_ids, temperature=0.0, slots=slots)
     texts = [tokenizer.decode(r.tokens[:-1] if r.finished else r.tokens) for r in rollouts]
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="a model folder or name (see train_sa_grpo.py)")
     parser.add_argument("--against", help="the model that AES compares with")
-    parser.add_argument("--data", default="tiny-test", help="problems: a name (its test split) or a JSONL file")
+    parser.add_argument("--data", default="tiny", help="problems: a name (its test split) or a JSONL file")
     parser.add_argument("--limit", type=int, help="only the first so many problems")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -148,12 +148,15 @@ def choose_slots(config, room: int, wanted: int, slots: int | None, dtype: torch
     if slots is not None and slots < 1:
         raise ValueError(f"slots must be at least 1, got {slots}")
     per_slot = 2 * config.layers * config.kv_heads * config.head_dim * room * dtype.itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    fit = max(free // 2, 1) // per_slot
-    if fit < 1 or (slots is not None and min(slots, wanted) > fit):
-        raise ValueError(f"{min(slots or 1, wanted)} slots of {room} tokens need {min(slots or 1, wanted) * per_slot / 2**30:.1f} "
-                         f"GiB of KV cache, but half of the free memory is {free / 2**31:.1f} GiB: ask for fewer slots or tokens")
-    return int(min(wanted, slots or min(fit, MAX_SLOTS)))
+    if device.type == "cuda":  # what PyTorch holds and does not use is free as well
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        free = available_memory()
+    asked = min(wanted, slots or 1)
+    if asked * per_slot > free:
+        raise ValueError(f"{asked} slots of {room} tokens need {asked * per_slot / 2**30:.1f} GiB of KV cache, but only "
+                         f"{free / 2**30:.1f} GiB are free: ask for fewer slots or tokens")
+    return int(min(wanted, slots or max(1, min(free // 2 // per_slot, MAX_SLOTS))))
 
 
 def available_memory() -> int:

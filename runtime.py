@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ def user_errors():
     """A user's mistake (ValueError, OSError) ends the program with one sentence and exit status 2, without a traceback."""
     try:
         yield
+    except KeyboardInterrupt:  # before the run has begun; later a signal finishes the step first
+        sys.exit(130)
     except (ValueError, OSError, SafetensorError) as error:
         if os.environ.get("SA_TRACEBACK"):  # for whoever hunts a bug of ours
             raise
@@ -82,7 +85,7 @@ def common_arguments(parser: argparse.ArgumentParser, ppo: dict | None = None, *
     add(group, "--steps", 500, 140, "rollout batches to train on", type=int)
     add(group, "--prompts-per-step", 128, 16, "questions in a rollout batch", type=int)
     add(group, "--n", 6, 8, "answers sampled for each question", type=int)
-    add(group, "--minibatch", 64, 8, "questions in an optimizer step", type=int)
+    group.add_argument("--minibatch", type=int, help="questions in an optimizer step (default: half of --prompts-per-step)")
     add(group, "--epochs", 1, 1, "passes over a rollout batch", type=int)
     add(group, "--lr", 1e-6, 8e-5, "AdamW's learning rate, constant", type=float)
     add(group, "--kl-coef", 0.001, 0.001, "weight of the KL to the frozen start, in the loss (k3)", type=float)
@@ -107,17 +110,22 @@ def common_arguments(parser: argparse.ArgumentParser, ppo: dict | None = None, *
     parser.set_defaults(_pairs=pairs)
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, algorithm: str, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse, fill in the defaults that belong to the model, and check. On --resume the run's saved settings are the defaults;
     a flag that would change what is computed is refused. Raises ValueError in one sentence."""
-    args = parser.parse_args(argv)
+    args = absolute_paths(parser.parse_args(argv))
     if args.resume:
         if not args.run:
             raise ValueError(f"--resume needs --run NAME; the newest is {newest_run() or 'not there: runs/ is empty'}")
-        saved = read_json(RUNS / args.run / "config.json")["settings"]
+        config = read_json(RUNS / args.run / "config.json")
+        if config["algorithm"] != algorithm:
+            raise ValueError(f"{args.run} is a run of train_sa_{config['algorithm']}.py: resume it with that script")
+        saved = config["settings"]
         parser.set_defaults(**saved)
-        args = parser.parse_args(argv)
-        free = {"steps", "save_every", "eval_every", "slots", "resume", "run", "device", "micro_tokens", "_pairs"}
+        args = absolute_paths(parser.parse_args(argv))
+        free = {"steps", "save_every", "slots", "resume", "run", "device", "micro_tokens", "_pairs"}
+        if saved["data"] == "tiny" or (saved["eval_every"] > 0) == (args.eval_every > 0):
+            free.add("eval_every")  # else it would hold out problems that were trained on, or train on those held out
         changed = [f"--{k.replace('_', '-')} was {saved[k]}, now {v}" for k, v in vars(args).items()
                    if k not in free and k in saved and saved[k] != v]
         if changed:
@@ -126,26 +134,40 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         if getattr(args, name) is None:
             setattr(args, name, tiny if args.model == "tiny" else paper)
     del args._pairs
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: PyTorch sees no GPU here")
+    if args.minibatch is None:
+        args.minibatch = args.prompts_per_step if args.prompts_per_step % 2 else args.prompts_per_step // 2
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if args.device not in ("cpu", *gpus, *["cuda"] * bool(gpus)):
+        raise ValueError(f"--device {args.device} is not here: there is cpu" + "".join(f", {gpu}" for gpu in gpus))
     args.micro_tokens = args.micro_tokens or (8192 if args.model == "tiny" or args.device.startswith("cuda") else 512)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     positive = ("steps", "prompts_per_step", "n", "minibatch", "epochs", "lr", "max_prompt_tokens", "max_new_tokens",
-                "temperature", "save_every", "micro_tokens", "critic_lr")
+                "temperature", "save_every", "micro_tokens", "critic_lr", "slots")
     for name in positive:
-        if not getattr(args, name, 1) > 0:
+        if getattr(args, name, None) is not None and not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     for name, low, high in (("gamma", 0, 1), ("lam", 0, 1)):
         if not low <= getattr(args, name, low) <= high:
             raise ValueError(f"--{name} must lie between {low} and {high}, got {getattr(args, name)}")
-    if args.kl_coef < 0 or args.eval_every < 0:
+    if not args.kl_coef >= 0 or args.eval_every < 0:
         raise ValueError(f"--kl-coef and --eval-every must not be negative, got {args.kl_coef} and {args.eval_every}")
+    if not math.isfinite(args.alpha):
+        raise ValueError(f"--alpha must be a number, got {args.alpha}")
     if args.minibatch > args.prompts_per_step:
         raise ValueError(f"--minibatch {args.minibatch} is larger than --prompts-per-step {args.prompts_per_step}: both count questions")
     if args.prompts_per_step % args.minibatch:
         raise ValueError(f"--prompts-per-step {args.prompts_per_step} is no multiple of --minibatch {args.minibatch}")
     if args.alpha < 0:
         print(f"note: --alpha {args.alpha} is negative: answers are rewarded for what their question does not explain", file=sys.stderr)
+    return args
+
+
+def absolute_paths(args: argparse.Namespace) -> argparse.Namespace:
+    """--model and --data as they stay true in another working directory; names stay names."""
+    if args.model != "tiny" and Path(args.model).is_dir():
+        args.model = str(Path(args.model).resolve())
+    if args.data:
+        args.data = ",".join(str(Path(name).resolve()) if Path(name).is_file() else name for name in args.data.split(","))
     return args
 
 
@@ -171,12 +193,13 @@ def peak_memory_gb(device: str) -> float:
     """Highest memory so far in GB: of the GPU where there is one, else of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def warn_if_slow(args, parameters: int, models: int = 1) -> None:
     """Say before a large model starts on a CPU what a step will take: memory from the parameter count, time from the matmul
-    rate measured here and the largest number of tokens a step can have."""
+    rate measured here and the largest number of tokens a step can have. models: 2 where a critic is trained too."""
     if args.device != "cpu" or parameters < 50e6:
         return
     a = torch.randn(1024, 1024)
@@ -186,12 +209,12 @@ def warn_if_slow(args, parameters: int, models: int = 1) -> None:
         a @ a
     rate = 4 * 2 * 1024**3 / (time.perf_counter() - began)
     tokens = args.prompts_per_step * args.n * args.max_new_tokens
-    # 2 flops per parameter and token: sampling, three scorings (policy, without the question, start), and 3 for the update
-    minutes = 14 * parameters * tokens / rate / 60
+    # 2 flops per parameter and token and forward: sampling, three scorings, an update worth three; a critic scores and learns
+    minutes = (14 + 8 * (models - 1)) * parameters * tokens / rate / 60
     # float32: weights, gradients and two moments of each model that is trained, and the frozen start where a KL is asked for
     memory = parameters * 4 * (4 * models + (args.kl_coef > 0)) / 1e9
     print(f"note: {parameters / 1e9:.2f}B parameters on a CPU ({rate / 1e9:.0f} GFLOP/s): about {memory:.0f} GB of memory besides "
-          f"activations, and up to {minutes:,.0f} minutes for a step of {tokens:,} tokens; --prompts-per-step, --n and --max-new-tokens "
+          f"activations, and for a step of {tokens:,} tokens, the most it can have, about {minutes:,.0f} minutes; --prompts-per-step, --n and --max-new-tokens "
           "make it shorter", file=sys.stderr)
 
 
@@ -222,10 +245,11 @@ def count_parameters(folder: Path) -> int:
 HELD_OUT = 320  # problems kept from training where there is no test set of their own
 
 
-def load_data(args, tokenizer) -> tuple[list, list[list[int]], list]:
+def load_data(args, tokenizer, folder: Path) -> tuple[list, list[list[int]], list]:
     """The problems to train on, their prompts as tokens, and the problems held out for --eval-every.
 
-    Prompts longer than --max-prompt-tokens are skipped and counted, never cut. The embedded model's data has its own test set;
+    Prompts longer than --max-prompt-tokens, or than the positions of the model in `folder` leave room for beside an answer,
+    are skipped and counted, never cut. The embedded model's data has its own test set;
     elsewhere, if evaluation is asked for, a tenth of the data (at most HELD_OUT) is held out, chosen by the data alone."""
     problems, held_out = [], []
     for name in args.data.split(","):
@@ -238,18 +262,23 @@ def load_data(args, tokenizer) -> tuple[list, list[list[int]], list]:
         if cut == 0:
             raise ValueError(f"--eval-every holds out a tenth of the data, but there are only {len(problems)} problems: use 0")
         held_out, problems = [problems[i] for i in order[:cut]], [problems[i] for i in sorted(order[cut:])]
-    held_out = [p for p in held_out if len(encode_prompt(tokenizer, p.question)) <= args.max_prompt_tokens]
+    positions = read_json(folder / "config.json")["max_position_embeddings"]
+    limit = min(args.max_prompt_tokens, positions - args.max_new_tokens)
+    if limit < 1:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt: {args.model} has {positions} positions")
     prompts = [encode_prompt(tokenizer, p.question) for p in problems]
-    short = [i for i, prompt in enumerate(prompts) if len(prompt) <= args.max_prompt_tokens]
-    skipped = len(prompts) - len(short)
-    if not short:
-        raise ValueError(f"all {len(prompts)} prompts are longer than --max-prompt-tokens {args.max_prompt_tokens} "
-                         f"(the shortest has {min(map(len, prompts))} tokens)")
-    if skipped:
-        print(f"note: {skipped} of {len(prompts)} prompts are longer than {args.max_prompt_tokens} tokens and are skipped", file=sys.stderr)
+    short = [i for i, prompt in enumerate(prompts) if len(prompt) <= limit]
+    tested = [p for p in held_out if len(encode_prompt(tokenizer, p.question)) <= limit]
+    if not short or (held_out and not tested):
+        raise ValueError(f"all {len(prompts)} prompts are longer than --max-prompt-tokens {args.max_prompt_tokens}, or leave no room for "
+                         f"an answer within {positions} positions (the shortest has {min(map(len, prompts))} tokens)")
+    for what, before, after in (("", prompts, short), ("held-out ", held_out, tested)):
+        if len(after) < len(before):
+            print(f"note: {len(before) - len(after)} of {len(before)} {what}prompts are longer than {limit} tokens and are skipped",
+                  file=sys.stderr)
     if len(short) < args.prompts_per_step:
         raise ValueError(f"--prompts-per-step {args.prompts_per_step} is more than the {len(short)} problems of {args.data}")
-    return [problems[i] for i in short], [prompts[i] for i in short], held_out
+    return [problems[i] for i in short], [prompts[i] for i in short], tested
 
 
 def batch_of(problems: list, step: int, count: int, seed: int) -> list[int]:
@@ -284,7 +313,10 @@ def newest_run() -> str | None:
 
 
 def git_commit() -> str:
-    answer = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    try:
+        answer = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    except OSError:  # no git here
+        return "unknown"
     return answer.stdout.strip() or "unknown"
 
 
@@ -303,6 +335,8 @@ class Run:
         self.stop_signal: int | None = None
         if args.resume:
             self.checkpoint = self.newest_checkpoint()
+            if self.checkpoint is None and [p for p in self.folder.glob("step_*") if p.suffix != ".tmp"]:
+                raise ValueError(f"{self.folder} has checkpoints, but none that can be resumed (optimizer.safetensors and state.json)")
             for stale in self.folder.glob("*.tmp"):  # a kill during a checkpoint's writing leaves one
                 shutil.rmtree(stale)
             state = {"step": 0, "log_bytes": {name: 0 for name in self.LOGS}}
@@ -328,14 +362,17 @@ class Run:
             raise ValueError(f"{self.folder} has {free / 1e9:.2f} GB free, but a checkpoint takes {checkpoint_bytes / 1e9:.2f} GB: "
                              "free some space, or let runs/ be a link to a larger disk")
         self.logs = {name: open(self.folder / name, "a", encoding="utf-8") for name in self.LOGS}
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
-                    "threads": torch.get_num_threads()}
+        versions = {name: version(name) for name in ("torch", "numpy", "tiktoken", "safetensors")}
+        versions |= {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
         if args.device.startswith("cuda"):
             versions["gpu"] = torch.cuda.get_device_name(args.device)
         here = {"git_commit": git_commit(), "versions": versions}
         config = {"algorithm": algorithm, "settings": vars(args) | {"resume": False}, **here}
         if args.resume:  # what it began with stays, what it goes on with is added
             before = read_json(self.folder / "config.json")
+            if before["versions"]["threads"] != versions["threads"]:
+                print(f"note: the run began with {before['versions']['threads']} threads and goes on with {versions['threads']}: the last "
+                      "bits of its sums will differ (OMP_NUM_THREADS)", file=sys.stderr)
             config = before | {"settings": config["settings"], "resumes": [*before.get("resumes", []), {"step": self.step, **here}]}
         write_atomically(self.folder / "config.json", json.dumps(config, indent=2))
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -348,8 +385,8 @@ class Run:
         print(f"\n{signal.Signals(number).name}: finishing this step, then saving (again to stop at once)", file=sys.stderr)
 
     def log(self, name: str, record: dict) -> None:
-        """Append one line to a log; a NaN is written as null, which any JSON reader takes."""
-        clean = {k: None if isinstance(v, float) and v != v else v for k, v in record.items()}
+        """Append one line to a log; NaN and infinity are written as null, which any JSON reader takes."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.logs[name].write(json.dumps(clean, ensure_ascii=False) + "\n")
         self.logs[name].flush()
 
@@ -387,17 +424,17 @@ class Run:
                     older.unlink()
         return place
 
-    def stop_on_nan(self, step: int, what: str, texts: list[str], answers: list[list[int]]) -> None:
+    def stop_on_nan(self, step: int, what: str, batch: list[dict]) -> None:
         """A loss or gradient that is not finite ends the run before it reaches the weights; the batch is kept for inspection."""
         path = self.folder / f"bad_batch_step_{step + 1:06d}.json"
-        write_atomically(path, json.dumps([{"text": t, "tokens": a} for t, a in zip(texts, answers)], ensure_ascii=False))
-        raise ValueError(f"the {what} of step {step + 1} is not finite; nothing was updated, the batch is in {path}, and the newest "
-                         f"checkpoint is {self.newest_checkpoint() or 'not there yet'}: try a lower --lr")
+        write_atomically(path, json.dumps(batch, ensure_ascii=False))
+        raise ValueError(f"the {what} of step {step + 1} is not finite; this update was not made, the batch is in {path}, and the "
+                         f"newest checkpoint is {self.newest_checkpoint() or 'not there yet'}: try a lower --lr")
 
     def finish(self, script: str, table) -> None:
         """Say where everything is; after a signal, how to go on, with the exit status that shells expect."""
         newest = self.newest_checkpoint()
-        if self.stop_signal:
+        if self.stop_signal and json.loads((newest / "state.json").read_text())["step"] < self.args.steps:
             print(f"stopped and saved {newest.name}; go on with: python {script} --run {self.args.run} --resume", file=sys.stderr)
             sys.exit(128 + self.stop_signal)
         evals = [json.loads(line) for line in open(self.folder / "evals.jsonl", encoding="utf-8")]

@@ -47,6 +47,7 @@ class FusedLogprob(torch.autograd.Function):
         entropy = mass.log() - tilt / mass
         ctx.save_for_backward(hidden, unembedding, targets, logsumexp, entropy)
         ctx.temperature, ctx.rows, ctx.columns = temperature, rows, columns
+        ctx.set_materialize_grads(False)  # an output that nobody differentiates costs no pass over the tiles
         return chosen - logsumexp, entropy
 
     @staticmethod
@@ -55,14 +56,19 @@ class FusedLogprob(torch.autograd.Function):
         exact = logsumexp.dtype
         grad_hidden = torch.zeros(hidden.shape, dtype=exact, device=hidden.device)
         grad_unembedding = torch.zeros_like(unembedding) if ctx.needs_input_grad[1] else None
-        level = grad_logprob + grad_entropy * entropy
+        if grad_logprob is None:
+            grad_logprob = torch.zeros_like(logsumexp)
+        level = grad_logprob if grad_entropy is None else grad_logprob + grad_entropy * entropy
         for first in range(0, len(unembedding), ctx.columns):
             W = unembedding[first:first + ctx.columns]
             for top in range(0, len(hidden), ctx.rows):
                 part = slice(top, top + ctx.rows)
                 logp = scaled_logits(hidden[part], W, ctx.temperature).sub_(logsumexp[part, None])  # (rows, columns)
                 grad = logp.exp()  # p
-                grad.mul_(logp.clamp_min_(-1e4).mul_(-grad_entropy[part, None]).sub_(level[part, None]))
+                if grad_entropy is None:
+                    grad.mul_(-level[part, None])
+                else:
+                    grad.mul_(logp.clamp_min_(-1e4).mul_(-grad_entropy[part, None]).sub_(level[part, None]))
                 here = targets[part] - first
                 inside = (here >= 0) & (here < len(W))
                 grad.scatter_add_(1, here.clamp(0, len(W) - 1)[:, None], (grad_logprob[part] * inside)[:, None])
@@ -110,7 +116,8 @@ def fused_logprob(hidden: Tensor, unembedding: Tensor, targets: Tensor, *, tempe
     if len(targets) and not (0 <= int(targets.min()) and int(targets.max()) < len(unembedding)):
         raise ValueError(f"targets must lie in 0 ... {len(unembedding) - 1}, got {int(targets.min())} ... {int(targets.max())}")
     rows, columns = chunk or ((4096, 16384) if hidden.is_cuda else (512, 2048))
-    return FusedLogprob.apply(hidden, unembedding, targets, temperature, rows, columns)
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round the tiles to bfloat16
+        return FusedLogprob.apply(hidden, unembedding, targets, temperature, rows, columns)
 
 
 # ---- scoring answers ----

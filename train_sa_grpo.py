@@ -63,9 +63,10 @@ def kl_k3(logprob: Tensor, start_logprob: Tensor) -> Tensor:
 
 def main(argv: list[str] | None = None) -> None:
     # ---- settings ----
-    parser = argparse.ArgumentParser(description="Train with SA-GRPO.")
+    parser = argparse.ArgumentParser(description="Train with SA-GRPO. Defaults are those of the paper (arXiv 2509.05489) and its public code; the embedded "
+                                     "model has its own where it says tiny.")
     runtime.common_arguments(parser)
-    args = runtime.parse(parser, argv)
+    args = runtime.parse(parser, "grpo", argv)
     if args.n < 2:
         raise ValueError(f"--n {args.n}: a group needs at least 2 answers, its mean is the baseline")
     runtime.prepare_machine()
@@ -73,13 +74,15 @@ def main(argv: list[str] | None = None) -> None:
     # ---- models and data ----
     folder = find_model(args.model)
     tokenizer = Tokenizer.from_pretrained(folder)
-    problems, prompts, held_out = runtime.load_data(args, tokenizer)
+    problems, prompts, held_out = runtime.load_data(args, tokenizer, folder)
     alone = bare_prompt(tokenizer) if args.alone == "bare" else encode_prompt(tokenizer, "")  # what ppl(a) is conditioned on
     parameters = runtime.count_parameters(folder)
     runtime.warn_if_slow(args, parameters)
     run = runtime.Run(args, "grpo", parameters)
     policy = GPT.from_pretrained(run.checkpoint or folder, device=args.device)  # float32 weights, also on a GPU
-    reference = GPT.from_pretrained(folder, dtype=getattr(torch, args.dtype), device=args.device).requires_grad_(False)
+    reference = None
+    if args.kl_coef:
+        reference = GPT.from_pretrained(folder, dtype=getattr(torch, args.dtype), device=args.device).requires_grad_(False)
     sampler = runtime.sampler_for(policy, args)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
     if run.checkpoint:
@@ -108,7 +111,9 @@ def main(argv: list[str] | None = None) -> None:
         with runtime.autocast(args):
             old_logprobs = answer_logprobs(policy, contexts, answers, micro_tokens=args.micro_tokens)
             alone_logprobs = answer_logprobs(policy, [alone] * len(answers), answers, micro_tokens=args.micro_tokens)
-            start_logprobs = answer_logprobs(reference, contexts, answers, micro_tokens=args.micro_tokens)
+            start_logprobs = old_logprobs
+            if reference:
+                start_logprobs = answer_logprobs(reference, contexts, answers, micro_tokens=args.micro_tokens)
 
         # 3. reward: R = R_VR + alpha R_SA, and the advantage within each group
         texts = [tokenizer.decode(r.tokens[:-1] if r.finished else r.tokens) for r in rollouts]
@@ -117,6 +122,16 @@ def main(argv: list[str] | None = None) -> None:
         r_sa = self_aligned_reward(old_logprobs, alone_logprobs)  # (N,)
         rewards = r_vr + args.alpha * r_sa if args.reward == "sar" else r_vr
         advantages = group_advantages(rewards.view(-1, args.n))  # (P, n)
+        ppl_query = [perplexity(lp).item() for lp in old_logprobs]
+        ppl_alone = [perplexity(lp).item() for lp in alone_logprobs]
+
+        def record(i: int) -> dict:
+            """What completions.jsonl says of answer i."""
+            r, verdict, problem = rollouts[i], verdicts[i], problems[chosen[rollouts[i].prompt]]
+            return {"step": step + 1, "question": problem.question, "text": texts[i], "tokens": r.tokens, "reference": problem.answer,
+                    "answer": verdict.answer, "status": verdict.status, "finished": r.finished, "r_vr": r_vr[i].item(),
+                    "r_sa": r_sa[i].item(), "ppl_query": ppl_query[i], "ppl_alone": ppl_alone[i], "reward": rewards[i].item(),
+                    "advantage": advantages.flatten()[i].item()}
         scored = time.perf_counter()
 
         # 4. update: one optimizer step per minibatch of questions
@@ -125,7 +140,6 @@ def main(argv: list[str] | None = None) -> None:
             order = runtime.shuffled(args.prompts_per_step, f"{args.seed} {step} {epoch}")
             for first in range(0, args.prompts_per_step, args.minibatch):
                 members = [g * args.n + k for g in order[first:first + args.minibatch] for k in range(args.n)]
-                members = [i for i in members if answers[i]]
                 denominator = args.minibatch * args.n * args.max_new_tokens  # of the whole minibatch, not of a micro-batch
                 for cut in micro_batches([len(contexts[i]) + len(answers[i]) for i in members], args.micro_tokens):
                     micro = [members[k] for k in cut]
@@ -137,9 +151,11 @@ def main(argv: list[str] | None = None) -> None:
                         logprob, entropy = fused_logprob(hidden, policy.unembedding, targets)  # (L,) each
                     token_loss, clipped = policy_loss(logprob, old, advantage)
                     kl = kl_k3(logprob, start)
-                    loss = (token_loss + args.kl_coef * kl).sum() / denominator
+                    if args.kl_coef:
+                        token_loss = token_loss + args.kl_coef * kl
+                    loss = token_loss.sum() / denominator
                     if not torch.isfinite(loss):
-                        run.stop_on_nan(step, "loss", [texts[i] for i in micro], [answers[i] for i in micro])
+                        run.stop_on_nan(step, "loss", [record(i) for i in micro])
                     loss.backward()
                     totals["loss"] += loss.item()
                     totals["entropy"] += entropy.detach().sum().item()
@@ -149,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
                     totals["ratio_max"] = max(totals["ratio_max"], (logprob.detach() - old).max().exp().item())
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
                 if not torch.isfinite(grad_norm):
-                    run.stop_on_nan(step, "gradient", [texts[i] for i in members], [answers[i] for i in members])
+                    run.stop_on_nan(step, "gradient", [record(i) for i in members])
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 totals["grad_norm"].append(grad_norm.item())
@@ -159,8 +175,6 @@ def main(argv: list[str] | None = None) -> None:
         lengths = torch.tensor([len(a) for a in answers], dtype=torch.float64)
         mismatch = torch.cat([torch.tensor(r.logprobs) - old for r, old in zip(rollouts, old_logprobs)]).abs()
         groups_vr, groups_sa = r_vr.view(-1, args.n), r_sa.view(-1, args.n)
-        ppl_query = [perplexity(lp).item() for lp in old_logprobs]
-        ppl_alone = [perplexity(lp).item() for lp in alone_logprobs]
         metrics = {
             "step": step + 1, "reward": rewards.mean().item(), "accuracy": r_vr.mean().item(),
             "r_sa_mean": r_sa.mean().item(), "r_sa_std": r_sa.std().item(),
@@ -171,29 +185,25 @@ def main(argv: list[str] | None = None) -> None:
             "length_p95": lengths.quantile(0.95).item(), "length_max": lengths.max().item(),
             "unfinished": sum(not r.finished for r in rollouts) / len(rollouts),
             **{f"share_{s}": sum(v.status == s for v in verdicts) / len(verdicts) for s in STATUSES},
-            "loss": totals["loss"] / len(totals["grad_norm"]), "kl": totals["kl"] / totals["tokens"],
+            "loss": totals["loss"] / len(totals["grad_norm"]), "kl": totals["kl"] / totals["tokens"] if reference else None,
             "entropy": totals["entropy"] / totals["tokens"], "clip_fraction": totals["clipped"] / totals["tokens"],
             "ratio_max": totals["ratio_max"], "mismatch_mean": mismatch.mean().item(), "mismatch_max": mismatch.max().item(),
             "grad_norm": max(totals["grad_norm"]), "lr": args.lr, "tokens": int(lengths.sum()),
             "seconds_sampling": sampled - began, "seconds_scoring": scored - sampled, "seconds_update": updated - scored,
             "peak_memory_gb": runtime.peak_memory_gb(args.device)}
         run.log("metrics.jsonl", metrics)
-        for i, (r, verdict) in enumerate(zip(rollouts, verdicts)):
-            problem = problems[chosen[r.prompt]]
-            run.log("completions.jsonl", {
-                "step": step + 1, "question": problem.question, "text": texts[i], "tokens": r.tokens, "reference": problem.answer,
-                "answer": verdict.answer, "status": verdict.status, "finished": r.finished, "r_vr": r_vr[i].item(),
-                "r_sa": r_sa[i].item(), "ppl_query": ppl_query[i], "ppl_alone": ppl_alone[i], "reward": rewards[i].item(),
-                "advantage": advantages.flatten()[i].item()})
+        for i in range(len(answers)):
+            run.log("completions.jsonl", record(i))
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", acc=f"{metrics['accuracy']:.2f}", len=f"{metrics['length_mean']:.0f}",
                         tok_s=f"{metrics['tokens'] / (updated - began):.0f}")
         done = step + 1
         if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             runtime.refresh(sampler, policy)
             evaluate_now(done)
-        if done % args.save_every == 0 or done == args.steps or run.stop_signal:
+        stop = run.stop_signal  # read once: a signal after this line waits for the next step
+        if done % args.save_every == 0 or done == args.steps or stop:
             run.save(done, tokenizer, policy, optimizer)
-        if run.stop_signal:
+        if stop:
             break
     bar.close()
     run.finish("train_sa_grpo.py", comparison_table)

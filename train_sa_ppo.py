@@ -92,7 +92,8 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float, lengths: Tens
 def whiten(advantages: list[Tensor]) -> list[Tensor]:
     """Mean 0 and (sample) deviation 1 over all tokens of the batch."""
     flat = torch.cat(advantages)
-    return [(a - flat.mean()) / (flat.std() + 1e-8) for a in advantages]
+    mean, deviation = flat.mean(), flat.std() if len(flat) > 1 else flat.new_zeros(())
+    return [(a - mean) / (deviation + 1e-8) for a in advantages]
 
 
 def policy_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +125,8 @@ def kl_k3(logprob: Tensor, start_logprob: Tensor) -> Tensor:
 
 def main(argv: list[str] | None = None) -> None:
     # ---- settings ----
-    parser = argparse.ArgumentParser(description="Train with SA-PPO.")
+    parser = argparse.ArgumentParser(description="Train with SA-PPO. Defaults are those of the paper (arXiv 2509.05489) and its public code; the embedded "
+                                     "model has its own where it says tiny.")
     runtime.common_arguments(parser, n=(1, 1), prompts_per_step=(128, 128), minibatch=(64, 64), kl_coef=(0.0, 0.0),
                              lr=(1e-6, 1.5e-4), steps=(500, 60), eval_every=(0, 20), ppo={
         "--critic-lr": (2e-6, 2e-4, "the critic's AdamW learning rate, constant", float),
@@ -133,13 +135,15 @@ def main(argv: list[str] | None = None) -> None:
         "--critic-warmup": (0, 0, "steps in which only the critic learns", int)})
     parser.add_argument("--kl-in-reward", action="store_true", help="take --kl-coef times the log-ratio to the start off every "
                         "token's reward, instead of adding k3 to the loss")
-    args = runtime.parse(parser, argv)
+    args = runtime.parse(parser, "ppo", argv)
+    if args.kl_in_reward and not args.kl_coef:
+        raise ValueError("--kl-in-reward needs a --kl-coef above 0: it says how much of the KL is taken off the reward")
     runtime.prepare_machine()
 
     # ---- models and data ----
     folder = find_model(args.model)
     tokenizer = Tokenizer.from_pretrained(folder)
-    problems, prompts, held_out = runtime.load_data(args, tokenizer)
+    problems, prompts, held_out = runtime.load_data(args, tokenizer, folder)
     alone = bare_prompt(tokenizer) if args.alone == "bare" else encode_prompt(tokenizer, "")  # what ppl(a) is conditioned on
     parameters = runtime.count_parameters(folder)
     runtime.warn_if_slow(args, parameters, models=2)
@@ -200,6 +204,16 @@ def main(argv: list[str] | None = None) -> None:
         padded_advantages, padded_returns = gae(token_rewards, padded_values, args.gamma, args.lam, lengths)
         advantages = whiten([a[:length] for a, length in zip(padded_advantages, lengths)])  # N of (len(a),)
         returns = [r[:length] for r, length in zip(padded_returns, lengths)]  # N of (len(a),)
+        ppl_query = [perplexity(lp).item() for lp in old_logprobs]
+        ppl_alone = [perplexity(lp).item() for lp in alone_logprobs]
+
+        def record(i: int) -> dict:
+            """What completions.jsonl says of answer i."""
+            r, verdict, problem = rollouts[i], verdicts[i], problems[chosen[rollouts[i].prompt]]
+            return {"step": step + 1, "question": problem.question, "text": texts[i], "tokens": r.tokens, "reference": problem.answer,
+                    "answer": verdict.answer, "status": verdict.status, "finished": r.finished, "r_vr": r_vr[i].item(),
+                    "r_sa": r_sa[i].item(), "ppl_query": ppl_query[i], "ppl_alone": ppl_alone[i], "reward": rewards[i].item(),
+                    "advantage": advantages[i].mean().item(), "value": old_values[i][0].item()}
         scored = time.perf_counter()
 
         # 4. update: one optimizer step of policy and critic per minibatch of questions
@@ -224,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
                         token_loss = token_loss + args.kl_coef * kl
                     loss = token_loss.sum() / denominator
                     if not torch.isfinite(loss):
-                        run.stop_on_nan(step, "loss", [texts[i] for i in micro], [answers[i] for i in micro])
+                        run.stop_on_nan(step, "loss", [record(i) for i in micro])
                     loss.backward()  # before the critic's forward: only one of the two graphs is in memory
                     old_value = torch.cat([old_values[i] for i in micro]).to(args.device)  # (L,)
                     target = torch.cat([returns[i] for i in micro]).to(old)  # (L,)
@@ -232,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
                         value = critic.values([contexts[i] for i in micro], [answers[i] for i in micro])  # (L,)
                     critic_loss = value_loss(value, old_value, target).sum() / denominator
                     if not torch.isfinite(critic_loss):
-                        run.stop_on_nan(step, "value loss", [texts[i] for i in micro], [answers[i] for i in micro])
+                        run.stop_on_nan(step, "value loss", [record(i) for i in micro])
                     critic_loss.backward()
                     totals["loss"] += loss.item()
                     totals["value_loss"] += critic_loss.item()
@@ -244,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
                 critic_grad_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), MAX_GRAD_NORM)
                 if not torch.isfinite(grad_norm + critic_grad_norm):
-                    run.stop_on_nan(step, "gradient", [texts[i] for i in members], [answers[i] for i in members])
+                    run.stop_on_nan(step, "gradient", [record(i) for i in members])
                 if step >= args.critic_warmup:
                     optimizer.step()
                 critic_optimizer.step()
@@ -256,8 +270,6 @@ def main(argv: list[str] | None = None) -> None:
 
         # 5. write down everything
         mismatch = torch.cat([torch.tensor(r.logprobs) - old for r, old in zip(rollouts, old_logprobs)]).abs()
-        ppl_query = [perplexity(lp).item() for lp in old_logprobs]
-        ppl_alone = [perplexity(lp).item() for lp in alone_logprobs]
         all_values, all_returns = torch.cat(old_values).double(), torch.cat(returns)
         lengths = lengths.double()
         metrics = {
@@ -266,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
             "ppl_query": sum(ppl_query) / len(answers), "ppl_alone": sum(ppl_alone) / len(answers),
             "advantage_std": torch.cat([a[:l] for a, l in zip(padded_advantages, lengths.int())]).std().item(),  # before whitening
             "value_mean": all_values.mean().item(), "value_std": all_values.std().item(), "return_mean": all_returns.mean().item(),
-            "explained_variance": 1 - ((all_returns - all_values).var() / all_returns.var().clamp_min(1e-12)).item(),
+            "explained_variance": 1 - (all_returns - all_values).var().item() / spread if (spread := all_returns.var().item()) else None,
             "length_mean": lengths.mean().item(), "length_p50": lengths.quantile(0.5).item(),
             "length_p95": lengths.quantile(0.95).item(), "length_max": lengths.max().item(),
             "unfinished": sum(not r.finished for r in rollouts) / len(rollouts),
@@ -280,22 +292,18 @@ def main(argv: list[str] | None = None) -> None:
             "seconds_sampling": sampled - began, "seconds_scoring": scored - sampled, "seconds_update": updated - scored,
             "peak_memory_gb": runtime.peak_memory_gb(args.device)}
         run.log("metrics.jsonl", metrics)
-        for i, (r, verdict) in enumerate(zip(rollouts, verdicts)):
-            problem = problems[chosen[r.prompt]]
-            run.log("completions.jsonl", {
-                "step": step + 1, "question": problem.question, "text": texts[i], "tokens": r.tokens, "reference": problem.answer,
-                "answer": verdict.answer, "status": verdict.status, "finished": r.finished, "r_vr": r_vr[i].item(),
-                "r_sa": r_sa[i].item(), "ppl_query": ppl_query[i], "ppl_alone": ppl_alone[i], "reward": rewards[i].item(),
-                "advantage": advantages[i].mean().item(), "value": old_values[i][0].item()})
+        for i in range(len(answers)):
+            run.log("completions.jsonl", record(i))
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", acc=f"{metrics['accuracy']:.2f}", len=f"{metrics['length_mean']:.0f}",
                         tok_s=f"{metrics['tokens'] / (updated - began):.0f}")
         done = step + 1
         if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             runtime.refresh(sampler, policy)
             evaluate_now(done)
-        if done % args.save_every == 0 or done == args.steps or run.stop_signal:
+        stop = run.stop_signal  # read once: a signal after this line waits for the next step
+        if done % args.save_every == 0 or done == args.steps or stop:
             run.save(done, tokenizer, policy, optimizer, critic, critic_optimizer)
-        if run.stop_signal:
+        if stop:
             break
     bar.close()
     run.finish("train_sa_ppo.py", comparison_table)

@@ -5,7 +5,7 @@
     python -m bench.seeds --table              # only the table of what is there
 
 Runs are runs/seeds-{grpo,ppo}-{vr,sar}-s{0,1,2}, one thread each and as many at a time as there are cores; finished ones are kept
-and unfinished ones resumed. Any further flags go to the training script.
+and unfinished ones resumed. Any further flags go to the training script of runs that are begun.
 """
 import argparse
 import json
@@ -24,7 +24,7 @@ REWARDS = ("vr", "sar")
 def run_one(algorithm: str, reward: str, seed: int, flags: list[str]) -> None:
     folder = RUNS / f"seeds-{algorithm}-{reward}-s{seed}"
     command = [sys.executable, f"train_sa_{algorithm}.py", "--run", folder.name]
-    command += ["--resume"] if any(folder.glob("step_*/state.json")) else ["--reward", reward, "--seed", str(seed), *flags]
+    command += ["--resume"] if (folder / "config.json").exists() else ["--reward", reward, "--seed", str(seed), *flags]
     with open(RUNS / f"{folder.name}.log", "a") as log:
         subprocess.run(command, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True)
 
@@ -43,17 +43,21 @@ def spread(values: list[float], form: str) -> str:
 
 def table(algorithm: str, seeds: int) -> str:
     lines = ["| | accuracy (%) | mean tokens | AES | seeds |", "|---|---|---|---|---|"]
+    ends = {reward: results(algorithm, reward, seeds)[1] for reward in REWARDS}
+    steps = {r["step"] for last in ends.values() for r in last}
+    if len(steps) != 1 or not all(ends.values()):
+        sys.exit(f"error: the runs end at different steps ({sorted(steps)}) or are not there: finish them without --table")
     base = results(algorithm, "sar", seeds)[0][0]
     lines.append(f"| base | {100 * base['accuracy']:.1f} | {base['length']:.1f} | | |")
     for reward, name in zip(REWARDS, (algorithm.upper(), f"SA-{algorithm.upper()}")):
-        last = results(algorithm, reward, seeds)[1]
+        last = ends[reward]
         lines.append(f"| {name} | {spread([100 * r['accuracy'] for r in last], '.1f')} | {spread([r['length'] for r in last], '.1f')} | "
                      f"{spread([aes(r, base) for r in last], '.2f')} | {len(last)} |")
     return "\n".join(lines + [f"\nafter {last[0]['step']} steps; {base['problems']} held-out problems, greedy; mean ± standard error"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--algorithm", choices=("grpo", "ppo"), default="grpo")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")

@@ -14,7 +14,7 @@ trained by reinforcement learning in minutes. It is made to need what SAR gives:
   * It knows what an answer looks like without its question: some of the training examples have an empty question, so that
     ppl(a) is a probability under the model rather than a surprise at a strange prompt.
 
-Everything is drawn from one seeded generator. A question belongs to the test set if its checksum says so; neither this
+Everything is drawn from seeded generators. A question belongs to the test set if its checksum says so; neither this
 training nor `tiny_problems("train")` ever draws such a question.
 """
 import argparse

@@ -57,6 +57,7 @@ def load_problems(name_or_path: str, split: str = "train") -> list[Problem]:
     if name == "math":
         return math_problems(published("MATH.tar"), split)
     if name == "numina":
+        parquet_reader()  # before gigabytes are fetched that cannot be read
         return numina_problems([published(file) for file in NUMINA], split)
     if name == "logicbench":
         return [problem for axiom in LOGICBENCH
@@ -162,16 +163,20 @@ def math_problems(tar: Path, split: str) -> list[Problem]:
     return cut("math", split, problems, f"{len(problems)} of {len(members)} have a numeric answer")
 
 
-def numina_problems(files: list[Path], split: str) -> list[Problem]:
-    """NuminaMath 1.5 from its published Parquet files: word problems marked valid whose answer is a number."""
+def parquet_reader():
     try:
-        import pyarrow.parquet
+        from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise ValueError("numina is published as Parquet, and reading it needs pyarrow: pip install pyarrow") from error
+    return ParquetFile
+
+
+def numina_problems(files: list[Path], split: str) -> list[Problem]:
+    """NuminaMath 1.5 from its published Parquet files: word problems marked valid whose answer is a number."""
     columns = ["problem", "solution", "answer", "question_type", "problem_is_valid", "solution_is_valid"]
     kept, read = {}, 0
     for file in files:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=4096, columns=columns):
+        for batch in parquet_reader()(file).iter_batches(batch_size=4096, columns=columns):
             for row in batch.to_pylist():
                 read += 1
                 if (row["question_type"] == "math-word-problem" and row["problem_is_valid"] == "Yes"

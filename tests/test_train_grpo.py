@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 
 import runtime
 import train_sa_grpo
+import train_sa_ppo
+from data.prompts import encode_prompt
+from data.tokenizer import Tokenizer
 from train_sa_grpo import group_advantages, kl_k3, policy_loss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +115,7 @@ def test_two_steps_end_to_end(runs, capsys):
         assert all(a["advantage"] == pytest.approx(a["reward"] - mean, abs=1e-12) for a in group)
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["lr"] == 8e-5 and config["git_commit"] and config["versions"]["torch"] == torch.__version__
+    assert TIMES <= lines(folder / "metrics.jsonl")[0].keys() and {"r_vr_group_std", "r_sa_group_std"} <= rows[0].keys()
     before, after = load_file(ROOT / "data/tiny/model.safetensors"), load_file(folder / "step_000002" / "model.safetensors")
     assert any((before[k].float() != after[k]).any() for k in before)  # it did train
     assert "| base |" in capsys.readouterr().out and [e["step"] for e in lines(folder / "evals.jsonl")] == [0, 2]
@@ -133,6 +137,58 @@ def test_gradients_do_not_depend_on_micro_batches(runs, monkeypatch):
     assert len(seen) == 6 and all(g.norm() > 0 for g in one)
     for first, other in zip(one * 2, two + eight):
         assert (first - other).norm() / first.norm() < 1e-9
+
+
+def test_the_gradient_is_that_of_the_objective_written_out(runs, monkeypatch):
+    """One optimizer step against autograd in float64 on the plain objective: no clipping (the policy is the one that sampled),
+    all logits at once, an answer at a time, from what completions.jsonl says. The start is made another model, so that its KL
+    has a gradient."""
+    seen = []
+
+    def record(self, closure=None):
+        seen.append(torch.cat([p.grad.flatten() for g in self.param_groups for p in g["params"]]))
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    load, loaded = train_sa_grpo.GPT.from_pretrained, []
+
+    def load_double(*args, **kwargs):
+        model = load(*args, **kwargs).double()
+        if loaded:
+            with torch.no_grad():
+                model.blocks[0].down.weight.mul_(1.1)
+        loaded.append(model)
+        return model
+    monkeypatch.setattr(train_sa_grpo.GPT, "from_pretrained", load_double)
+    train("--run", "plain", "--steps", 1, "--minibatch", 4, "--kl-coef", 0.5)
+    policy, start = loaded
+    policy.zero_grad()
+    total = 0.0
+    for row in lines(runs / "plain" / "completions.jsonl"):
+        prompt = encode_prompt(Tokenizer.from_pretrained(ROOT / "data/tiny"), row["question"])
+        tokens, answer = torch.tensor([prompt + row["tokens"]]), torch.tensor(row["tokens"])[:, None]
+        logp, ref = ((m(tokens) @ m.unembedding.T)[0, len(prompt) - 1:-1].log_softmax(-1).gather(1, answer)[:, 0] for m in (policy, start))
+        ref = ref.detach()
+        kl = (ref - logp).exp() - (ref - logp) - 1
+        total = total + (-row["advantage"] * (logp - logp.detach()).exp() + 0.5 * kl).sum() / 48 / 16  # max_new_tokens, answers
+    total.backward()
+    want = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    assert want.norm() < 1  # so that clipping at norm 1 changed nothing
+    assert (seen[0] - want).norm() / want.norm() < 1e-6
+
+
+@pytest.mark.parametrize("flags", [["--alone", "bare"], ["--epochs", "2"], ["--kl-coef", "0"],
+                                   ["--temperature", "0.7"], ["--dtype", "bfloat16"]], ids=lambda f: f[0])
+def test_settings_that_change_the_run_do(runs, flags):
+    train("--run", "plain", "--steps", 2)
+    train("--run", "other", "--steps", 2, *flags)
+    assert metrics(runs / "plain")[1] != metrics(runs / "other")[1]
+    assert all(m["grad_norm"] > 0 for m in metrics(runs / "other"))
+
+
+def test_the_verifier_is_the_one_asked_for(runs, monkeypatch):
+    seen, judge = set(), train_sa_grpo.judge
+    monkeypatch.setattr(train_sa_grpo, "judge", lambda text, reference, verifier: (seen.add(verifier), judge(text, reference, verifier))[1])
+    train("--run", "rule", "--steps", 1, "--verifier", "last-number")
+    assert seen == {"last-number"}
 
 
 def test_alpha_zero_is_plain_grpo_bit_for_bit(runs):
@@ -172,16 +228,17 @@ def test_killed_and_resumed_equals_undisturbed(runs, where, when):
     assert not list((runs / "killed").glob("*.tmp"))
 
 
-def test_sigterm_finishes_the_step_and_saves(runs):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(runs, number):
     process = subprocess.Popen([sys.executable, "train_sa_grpo.py", *SMALL, "--run", "t", "--steps", "1000"], cwd=ROOT, text=True,
                                env=os.environ | {"SA_RUNS": str(runs)}, stderr=subprocess.PIPE)
     log = runs / "t" / "metrics.jsonl"
     deadline = time.time() + 60
     while time.time() < deadline and not (log.exists() and log.read_text().count("\n") >= 3):
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + number
     done = len(lines(log))
     assert (runs / "t" / f"step_{done:06d}" / "optimizer.safetensors").exists()
     assert "python train_sa_grpo.py --run t --resume" in errors and "Traceback" not in errors
@@ -193,6 +250,8 @@ def test_resume_refuses_to_change_the_run(runs):
         train_sa_grpo.main(["--run", "r", "--resume", "--lr", "0.1"])
     with pytest.raises(ValueError, match="already holds a run"):
         train("--run", "r")
+    with pytest.raises(ValueError, match="a run of train_sa_grpo.py"):
+        train_sa_ppo.main(["--run", "r", "--resume"])
     train_sa_grpo.main(["--run", "r", "--resume", "--steps", "3"])  # more steps are no change
     assert [m["step"] for m in metrics(runs / "r")] == [1, 2, 3]
     assert [r["step"] for r in json.loads((runs / "r" / "config.json").read_text())["resumes"]] == [2]
@@ -200,6 +259,10 @@ def test_resume_refuses_to_change_the_run(runs):
 
 def test_resume_before_the_first_checkpoint_starts_over(runs, capsys):
     train("--run", "early", "--steps", 2)
+    (runs / "early" / "step_000002" / "optimizer.safetensors").rename(runs / "kept")
+    with pytest.raises(ValueError, match="none that can be resumed"):  # a finished run's logs are not thrown away
+        train_sa_grpo.main(["--run", "early", "--resume"])
+    assert len(metrics(runs / "early")) == 2
     shutil.rmtree(runs / "early" / "step_000002")
     train_sa_grpo.main(["--run", "early", "--resume"])
     assert [m["step"] for m in metrics(runs / "early")] == [1, 2]
@@ -222,6 +285,10 @@ def test_impossible_settings(runs, capsys):
     assert "--minibatch 8 is larger than --prompts-per-step 4" in fails(capsys, "--minibatch", 8)
     assert "no multiple" in fails(capsys, "--minibatch", 3)
     assert "--lr must be positive" in fails(capsys, "--lr", 0)
+    assert "--slots must be positive" in fails(capsys, "--slots", 0)
+    assert "--alpha must be a number" in fails(capsys, "--alpha", "nan")
+    assert "--device nonsense is not here" in fails(capsys, "--device", "nonsense")
+    assert "leaves no room for a prompt" in fails(capsys, "--max-new-tokens", 1024)
     assert "--resume needs --run" in fails(capsys, "--resume")
     assert "no such run" in fails(capsys, "--resume", "--run", "nowhere")
     assert not runs.exists() or not list(runs.glob("*/metrics.jsonl"))  # all of them before anything was written
@@ -246,6 +313,16 @@ def test_bad_data(runs, capsys, tmp_path):
     assert "all 4 prompts are longer than --max-prompt-tokens 2" in trouble(good * 4, "--max-prompt-tokens", 2)
     assert "more than the 3 problems" in trouble(good * 3)
     assert "missing.jsonl" in fails(capsys, "--data", tmp_path / "missing.jsonl")
+
+
+def test_holding_out_after_the_fact_is_refused(runs, capsys, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "Tom has 3 cups. Tom finds 4 more. How many cups does Tom have now?", "answer": "7"}\n' * 40)
+    train("--data", data, "--steps", 1, "--run", "late")
+    with pytest.raises(ValueError, match="--eval-every was 0, now 1"):
+        train_sa_grpo.main(["--run", "late", "--resume", "--eval-every", "1"])
+    train("--data", data, "--steps", 1, "--run", "held", "--eval-every", 1)
+    assert [e["problems"] for e in lines(runs / "held" / "evals.jsonl")] == [4, 4]
 
 
 def test_long_prompts_are_skipped_and_counted(runs, capsys, tmp_path):
@@ -299,4 +376,11 @@ def test_nan_stops_before_the_update(runs, capsys, monkeypatch, what):
     message = fails(capsys, "--run", "nan", "--steps", 2)
     assert f"the {what} of step 1 is not finite" in message
     batch, = (runs / "nan").glob("bad_batch_step_*.json")
-    assert json.loads(batch.read_text())[0]["tokens"]
+    assert {"question", "tokens", "advantage"} <= json.loads(batch.read_text())[0].keys()
+
+
+def test_a_large_model_on_a_cpu_is_announced_with_an_estimate(capsys):
+    args = type("args", (), dict(device="cpu", prompts_per_step=128, n=6, max_new_tokens=4096, kl_coef=0.001))
+    runtime.warn_if_slow(args, 1_540_000_000)
+    said = capsys.readouterr().err
+    assert "1.54B parameters on a CPU" in said and "31 GB of memory" in said and "3,145,728 tokens" in said

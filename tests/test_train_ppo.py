@@ -48,6 +48,7 @@ def test_whitening_by_hand():
     one, two = whiten([torch.tensor([1.0, 2.0]).double(), torch.tensor([6.0]).double()])  # mean 3, variance (4 + 1 + 9) / 2
     assert [*one.tolist(), *two.tolist()] == pytest.approx([-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5])
     assert whiten([torch.ones(3)])[0].tolist() == [0, 0, 0]
+    assert whiten([torch.ones(1)])[0].tolist() == [0]
 
 
 def test_with_zero_critic_and_no_discount_the_advantage_is_the_whitened_return():
@@ -103,6 +104,9 @@ def test_critic_warmup_leaves_the_policy_alone(runs):  # noqa: F811
     before, after = load_file(ROOT / "data/tiny/model.safetensors"), load_file(runs / "w" / "step_000002" / "model.safetensors")
     assert all(torch.equal(before[k].float(), after[k]) for k in before)
     assert load_file(runs / "w" / "step_000002" / "critic.safetensors")["head"].abs().sum() > 0
+    train_sa_ppo.main(["--run", "w", "--resume", "--steps", "3"])  # from a checkpoint whose policy optimizer has no state yet
+    train("--run", "v", "--steps", 3, "--critic-warmup", 2)
+    assert metrics(runs / "w") == metrics(runs / "v")
 
 
 def test_gradients_do_not_depend_on_micro_batches(runs, monkeypatch):  # noqa: F811
@@ -124,6 +128,10 @@ def test_alpha_zero_is_plain_ppo_bit_for_bit(runs):  # noqa: F811
     train("--run", "zero", "--steps", 2, "--alpha", 0)
     train("--run", "vr", "--steps", 2, "--reward", "vr")
     assert metrics(runs / "zero") == metrics(runs / "vr")
+    assert (runs / "zero" / "completions.jsonl").read_bytes() == (runs / "vr" / "completions.jsonl").read_bytes()
+    for name in ("model", "optimizer", "critic", "critic_optimizer"):
+        one, two = (load_file(runs / run / "step_000002" / f"{name}.safetensors") for run in ("zero", "vr"))
+        assert all(torch.equal(one[k], two[k]) for k in one), name
 
 
 def test_killed_and_resumed_equals_undisturbed(runs):  # noqa: F811
@@ -145,7 +153,8 @@ def test_killed_and_resumed_equals_undisturbed(runs):  # noqa: F811
 
 def test_impossible_settings(runs, capsys):  # noqa: F811
     for argv, words in ((["--lam", "2"], "--lam must lie between"), (["--critic-lr", "0"], "--critic-lr must be positive"),
-                        (["--minibatch", "16"], "larger than --prompts-per-step")):
+                        (["--minibatch", "16"], "larger than --prompts-per-step"),
+                        (["--kl-in-reward"], "--kl-in-reward needs a --kl-coef")):
         with pytest.raises(SystemExit) as stop, runtime.user_errors():
             train(*argv)
         assert stop.value.code == 2 and words in capsys.readouterr().err
