@@ -88,5 +88,5 @@ def join(tokenizer: Tokenizer, frame: list[int | str]) -> list[int]:
             part = part.lstrip(WHITE_SPACE)
         if after in tokenizer.strips_before:
             part = part.rstrip(WHITE_SPACE)
-        ids += tokenizer.encode(part)
+        ids += tokenizer.encode(part, at_start=before is None)
     return ids

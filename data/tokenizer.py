@@ -114,9 +114,12 @@ class Tokenizer:
         self._read_bpe(spec)
         self._read_bos_and_eos(spec, settings)
         jinja = folder / "chat_template.jinja"
-        self.chat_template = jinja.read_text(encoding="utf-8") if jinja.exists() else settings.get("chat_template")
-        if isinstance(self.chat_template, list):                   # several named templates: the one called default
-            self.chat_template = {t["name"]: t["template"] for t in self.chat_template}.get("default")
+        template = jinja.read_text(encoding="utf-8", errors="replace") if jinja.exists() else settings.get("chat_template")
+        if isinstance(template, list):                             # several named templates: the one called default
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        if not isinstance(template, str | None):
+            raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}, no text")
+        self.chat_template = template
         self._read_stop_ids(generation, config)
 
     # ------------------------------------------------------------------------------------------------------- reading
@@ -148,10 +151,12 @@ class Tokenizer:
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
             if model.get(option):
                 raise self._unsupported(f"the model option {option}={model[option]!r}")
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        merges = model["merges"]
+        if merges and isinstance(merges[0], str):
+            merges = [pair.split(" ") for pair in merges]
         made = dict.fromkeys(map("".join, merges))              # what each merge makes, in order, once
-        if set(map(len, merges)) - {2} or not vocab.keys() >= made.keys() | set(chain.from_iterable(merges)):
-            raise self._unsupported("a merge that is no pair, or whose parts or result are not in the vocabulary,")
+        if set(map(len, merges)) - {2} or min(map(len, made), default=2) < 2 or not vocab.keys() >= made.keys():
+            raise self._unsupported("a merge that is no pair, or whose result is not in the vocabulary,")
         self._read_added(spec["added_tokens"], vocab)
         ids = [*vocab.values(), *self.special.values(), *self._words.values()]
         if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= MAX_ID:
@@ -167,7 +172,6 @@ class Tokenizer:
 
     def _read_byte_level(self, spec: dict, vocab: dict[str, int], made: Iterable[str]) -> None:
         self._byte_level = True
-        self._prefix = self._strip_first = None
         if spec["decoder"]["type"] != "ByteLevel":
             raise self._unsupported(f"the decoder {json.dumps(spec['decoder'])[:80]}")
         normalizer = spec.get("normalizer") or {"type": None}
@@ -221,13 +225,21 @@ class Tokenizer:
     def _read_sentencepiece(self, spec: dict, vocab: dict[str, int], made: Iterable[str]) -> None:
         self._byte_level = self._nfc = False
         self._dropped = b""
-        steps = spec["normalizer"]
-        steps = steps["normalizers"] if steps["type"] == "Sequence" else [steps]
-        self._prefix = " " if steps[0] == {"type": "Prepend", "prepend": MARK} else ""
         replace = {"type": "Replace", "pattern": {"String": " "}, "content": MARK}
+        prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": MARK}, replace]}
         split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
-        if steps[bool(self._prefix):] != [replace] or spec.get("pre_tokenizer") not in (None, split):
-            raise self._unsupported("this normalizer with this pre_tokenizer")  # split finds nothing: no space is left
+        metaspace = {"type": "Metaspace", "replacement": MARK, "split": False}          # as transformers 5 writes Llama's
+        normalizer, pre_tokenizer = spec.get("normalizer"), spec.get("pre_tokenizer")
+        if normalizer == prepend and pre_tokenizer is None:
+            self._prefix = "always"
+        elif normalizer == replace and pre_tokenizer in (None, split):                  # no space is left to split at
+            self._prefix = "never"
+        elif normalizer is None and (pre_tokenizer or {}).items() >= metaspace.items():
+            self._prefix = {"always": "unless spaced", "first": "at start unless spaced",
+                            "never": "never"}[pre_tokenizer["prepend_scheme"]]
+        else:
+            raise self._unsupported(f"the normalizer {json.dumps(normalizer)[:160]} with the pre_tokenizer "
+                                    f"{json.dumps(pre_tokenizer)[:80]}")
         steps = spec["decoder"].get("decoders", [])
         self._strip_first = {"type": "Strip", "content": " ", "start": 1, "stop": 0} in steps
         if [step["type"] for step in steps] != ["Replace", "ByteFallback", "Fuse"] + ["Strip"] * self._strip_first:
@@ -291,11 +303,13 @@ class Tokenizer:
         named = {}
         for key in ("bos_token", "eos_token"):
             token = settings.get(key)
-            named[key] = self.special.get(token["content"] if isinstance(token, dict) else token)
+            named[key] = (self._words | self.special).get(token["content"] if isinstance(token, dict) else token)
         self.bos_id, self.eos_id = named["bos_token"], named["eos_token"]
         post = spec.get("post_processor") or {"type": None}
-        adds = post["type"] == "TemplateProcessing" and "SpecialToken" in post["single"][0]
-        self.adds_bos = self.bos_id is not None and bool(settings.get("add_bos_token", adds))
+        adds = settings.get("add_bos_token")
+        if adds is None:
+            adds = post["type"] == "TemplateProcessing" and "SpecialToken" in post["single"][0]
+        self.adds_bos = self.bos_id is not None and bool(adds)
 
     def _read_stop_ids(self, generation: dict, config: dict) -> None:
         self.stop_ids = set() if self.eos_id is None else {self.eos_id}
@@ -314,16 +328,18 @@ class Tokenizer:
 
     # --------------------------------------------------------------------------------------------------------- using
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, at_start: bool = True) -> list[int]:
         """Ids of ordinary text: nothing is put in front or behind, and a spelled-out special token is just text.
 
         Words that the tokenizer adds without calling them special (Qwen3's <think>, Gemma 3's runs of newlines) are
-        found as the `tokenizers` library finds them. Raises ValueError on a run of half a million white-space characters.
+        found as the `tokenizers` library finds them. at_start: False where a special token went before; some
+        SentencePiece-style tokenizers put their space only at the start. Raises ValueError on a run of half a million
+        white-space characters.
         """
         if len(text) >= MAX_SPACES and re.search(rf"\s{{{MAX_SPACES}}}", text):
             raise ValueError(f"the text holds a run of more than {MAX_SPACES} white-space characters: shorten it")
         if self._word_start is None:
-            return self._encode_stretch(text)
+            return self._encode_stretch(text, at_start)
         ids, done, at = [], 0, 0
         while found := self._word_start.search(text, at):
             start = found.start()
@@ -337,15 +353,19 @@ class Tokenizer:
                 before = before.rstrip(WHITE_SPACE)
             if self._words[word] in self.strips_after:
                 done = WHITE_SPACES.match(text, at).end()
-            ids += [*self._encode_stretch(before), self._words[word]]
-        return ids + self._encode_stretch(text[done:])
+            ids += [*self._encode_stretch(before, at_start), self._words[word]]
+            at_start = False
+        return ids + self._encode_stretch(text[done:], at_start)
 
-    def _encode_stretch(self, text: str) -> list[int]:
+    def _encode_stretch(self, text: str, at_start: bool) -> list[int]:
         """Ids of text between added tokens: normalise, split and join in tiktoken, map ranks to ids."""
         if not text:
             return []
         if not self._byte_level:
-            text = self._prefix + text.replace(MARK, " ")
+            text = text.replace(MARK, " ")
+            if self._prefix == "always" or not text.startswith(" ") and (
+                    self._prefix == "unless spaced" or self._prefix == "at start unless spaced" and at_start):
+                text = " " + text
         elif self._nfc and not text.isascii() and not unicodedata.is_normalized("NFC", text):
             text = "".join(unicodedata.normalize("NFC", part) for part in YOUNG_MARKS.split(text))
         ranks = self._tiktoken.encode_ordinary(text)

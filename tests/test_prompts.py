@@ -37,6 +37,8 @@ TEMPLATES = {
     "embedded": "{% for m in messages %}{{ '<|question|>' + m.content }}{% endfor %}"
                 "{% if add_generation_prompt %}{{ '<|answer|>' }}{% endif %}",
 }
+for frame in ("phi", "llama2"):                      # the same with the space only at the start, as transformers 5 writes it
+    TEMPLATES[f"{frame}-first"] = TEMPLATES[frame]
 NAMES = {"gemma": ["<bos>", "<start_of_turn>", "<end_of_turn>"], "phi": ["<|endoftext|>", "<|system|>", "<|user|>", "<|end|>",
          "<|assistant|>"], "llama2": [], "embedded": ["<|question|>", "<|answer|>"]}
 QUESTIONS = ["What is 1+1?", "", "  two spaces,\ttab and end  \n", "\n\nnewlines\n\n", "Écrire ▁ 中文 😀 e\u0301", "'s",
@@ -47,6 +49,7 @@ SYSTEMS = [None, "You are careful.", "  spaces around \n"]
 def make(folder: Path, frame: str) -> Path:
     """A small tokenizer with the template TEMPLATES[frame] and its tokens; any other name has no template."""
     rng, settings = random.Random(frame), {"tokenizer_class": "PreTrainedTokenizerFast"}
+    frame, first = frame.removesuffix("-first"), frame.endswith("-first")
     if frame in TEMPLATES:
         settings["chat_template"] = TEMPLATES[frame]
     if frame.startswith(("chatml", "embedded", "bytes")):
@@ -56,6 +59,9 @@ def make(folder: Path, frame: str) -> Path:
         # Phi-3.5 has no words of white space; behind a token that swallows white space the library finds them twice
         spec = sentencepiece_spec(rng, [OPENING], prefix=frame != "gemma", words=() if frame == "phi" else ("\n\n", "<p>"))
         settings |= {"bos_token": "<bos>" if frame == "gemma" else "<s>", "add_bos_token": frame != "phi"}
+        if first:
+            spec |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "split": False,
+                                                           "prepend_scheme": "first"}}
     for name in NAMES.get(frame, []):
         if name not in [token["content"] for token in spec["added_tokens"]]:
             last = max([*spec["model"]["vocab"].values(), *(token["id"] for token in spec["added_tokens"])])

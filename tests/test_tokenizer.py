@@ -311,10 +311,14 @@ def small_spec(kind: int, rng: random.Random) -> dict:
         return byte_level_spec(rng, texts, pattern=None, lacks=bytes([0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100), 4, 6, 0x1D]))
     if kind == 3:                                                              # leaves gaps, which are encoded too
         return byte_level_spec(rng, texts, pattern=r"\p{L}+|\p{N}{1,3}|\s+(?!\S)")
-    return sentencepiece_spec(rng, texts, prefix=kind == 4)
+    spec = sentencepiece_spec(rng, texts, prefix=kind != 5)
+    if kind > 5:                                                          # as transformers 5 writes Llama's tokenizer
+        spec |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": MARK, "split": False,
+                                                       "prepend_scheme": ("always", "first", "never")[kind - 6]}}
+    return spec
 
 
-@pytest.mark.parametrize("kind", range(6))
+@pytest.mark.parametrize("kind", range(9))
 def test_small_tokenizers_equal_the_library(tmp_path, rng, kind):
     folder = write(tmp_path, small_spec(kind, rng))
     tokenizer, reference = Tokenizer.from_pretrained(folder), library(folder)
@@ -511,6 +515,7 @@ def test_nothing_touches_the_network(small, monkeypatch):
     (lambda s: s["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
     (lambda s: s["model"].update(merges=[["zz", "q"]]), "merge"),
     (lambda s: s["model"].update(merges=[["a", "b", "c"]]), "merge"),
+    (lambda s: s["model"].update(merges=[["a", ""]]), "merge"),
     (lambda s: s["model"].update(merges=[7]), "laid out"),
     (lambda s: s["model"].pop("merges"), "laid out"),
     (lambda s: s["model"]["vocab"].update(a=-1), "id"),
