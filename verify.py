@@ -115,14 +115,15 @@ _NUMBER = re.compile(rf"(?:(?<![\w)}}\]])[-+\u2212])?(?:\\?\$)?"
                      rf"(?:\s?\\?%)?")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,20}")
 _BLANK_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,20}\{\s*\}")
-_UNBRACED = re.compile(r"[-+\u2212]?[0-9][0-9,]*(?:\.[0-9]+)?|\\?[A-Za-z]+|[^\s{}$.,;]")
+_UNBRACED = re.compile(r"[-+\u2212]?[0-9][0-9,]*(?:\.[0-9]+)?|\\?[A-Za-z]+(?:\{[^{}]{0,99}\}){0,2}|[^\s{}$.,;]")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _MARKER = re.compile(r"\banswers?[*_`\"'\s]{0,8}(?:\bis\b|\bare\b|:|=)"
                      r"|^[#>*_ \t]{0,12}(?:the\s)?(?:final\s)?answers?[*_ \t]{0,8}$", re.IGNORECASE | re.MULTILINE)
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*\"'\u201d)_`\]]|$)|(?<=[0-9])\.(?=[A-Z])|;(?=\s|$)"
                            r"|(?<![,\s])[,\s]{1,20}(?:because|since|so|which|as)\b", re.IGNORECASE)
 _HASHES = re.compile(r"^####[ \t]*([-+\u2212]?(?:\\?\$|[\u20ac\u00a3])?[-+\u2212]?\.?[0-9][^\n]{0,200})", re.MULTILINE)
-_LEAD = re.compile(r"^\s*(?:therefore|thus|hence|simply|just|equal to)\s", re.IGNORECASE)
+_LEAD = re.compile(r"^\s*(?:therefore|thus|hence|simply|just|equal to|approximately)\s", re.IGNORECASE)
+_BOLD_END = re.compile(r"(?:\*\*|__)(?=[\s.,;]|$)")
 _CALCULATION = re.compile(r"<<[^<>]*>>")                            # GSM8K's calculator marks
 _WORD = re.compile(r"\\text\s?\{[^{}]*\}|\\[A-Za-z]+|[^\W\d_]{2,}")
 _DELIMITERS = (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"), ("$", "$"))
@@ -160,7 +161,7 @@ def _locate(text: str) -> tuple[str | None, int, str]:
         pass
     if hashes:
         return _trim(hashes[1]), hashes.start(), "hashes"
-    bare = text.strip()
+    bare = _BLANK_BOX.sub("", text).strip()
     if 0 < len(bare) <= MAX_ANSWER and "\n" not in bare and (
             not re.search(r"\s", bare) or all(word[0] == "\\" for word in _WORD.findall(bare))) and _trim(bare):
         return _trim(bare), 0, "bare"
@@ -207,7 +208,7 @@ def _statement(text: str, start: int) -> str:
             if close > 0 and inner.strip() and not price:
                 return _trim(inner, prose=False)
             break
-    line = re.split(r"[\r\n]", window, maxsplit=1)[0]
+    line = _BOLD_END.sub("", re.split(r"[\r\n]", window, maxsplit=1)[0])
     stop = _SENTENCE_END.search(line)
     return _trim(line[:stop.start()] if stop else line)
 
@@ -237,6 +238,8 @@ def _trim(value: str, prose: bool = True) -> str:
                 value = inner
         if value.count("$") == 1 and "\\$" not in value:
             value = value.replace("$", "")
+        if "{" not in value:                                        # what closes {"answer": 5}
+            value = value.rstrip("}")
         if value == before:
             break
     return value
@@ -354,18 +357,26 @@ def is_equivalent(prediction: str, reference: str) -> bool:
         return False
     if _SIMPLE.fullmatch(a) and _SIMPLE.fullmatch(b):               # the common case needs no parser
         return Fraction(a) == Fraction(b)
-    left, right = _readings(a), _readings(b)
-    work = _Work()
     try:
-        if any(_same(x, y, work) for x in left for y in right):
+        work = _Work()
+        if _equal(a, b, work):
             return True
-    except _Undefined:                              # out of work
+        label_a, label_b = _LABEL.fullmatch(a), _LABEL.fullmatch(b)  # "B) False" is B and is False
+        if bool(label_a) == bool(label_b):
+            return False
+        label, other = (label_a, b) if label_a else (label_b, a)
+        return _text(label[1]) == _text(other) or _equal(label[2], other, work)
+    except _Undefined:                                              # out of work
         return False
-    if any(_kind(x) == "text" for x in left + right) and _text(a) == _text(b):
+
+
+def _equal(a: str, b: str, work: _Work) -> bool:
+    readings_a, readings_b = _readings(a), _readings(b)
+    if any(_same(x, y, work) for x in readings_a for y in readings_b):
         return True
-    if not left and not right and _spelling(a) == _spelling(b):     # outside the grammar only the same spelling will do
-        return True
-    return _labelled(a, b) or _labelled(b, a)
+    if any(_kind(x) == "text" for x in readings_a + readings_b):
+        return _text(a) == _text(b)
+    return not readings_a and not readings_b and _spelling(a) == _spelling(b)   # outside the grammar: the same spelling
 
 
 def _readings(text: str) -> list:
@@ -389,7 +400,7 @@ def _readings(text: str) -> list:
 _WRAPPERS = r"\\(?:text|mbox|mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal|operatorname)\s?\{"
 _TEXT_VALUES = {"nosolution": ("set",), "nosolutions": ("set",), "norealsolution": ("set",), "emptyset": ("set",),
                 "norealsolutions": ("set",), "allrealnumbers": "ℝ", "allreals": "ℝ"}
-_LABEL = re.compile(r"\(?([A-E])[).:]\s+([\w\\$].*)", re.DOTALL)
+_LABEL = re.compile(rf"(?:{_WRAPPERS})?\(?([A-E])[).:](?:[\s}}~]|\\[\s,;:])+([\w\\$].*)", re.DOTALL)
 
 
 def _spelling(text: str) -> str:
@@ -404,12 +415,6 @@ def _text(text: str) -> str:
     form = re.sub(r"^(?:option|choice)(?=\(?[a-e]\)?$)", "", form)
     form = re.sub(r"^\(([a-z])\)$", r"\1", form)
     return {"yes": "true", "no": "false"}.get(form, form)
-
-
-def _labelled(a: str, b: str) -> bool:
-    """Is `a` a choice with its text, as in "B) False", and `b` that letter or that text?"""
-    label = _LABEL.fullmatch(a)
-    return bool(label) and not _LABEL.fullmatch(b) and _text(b) in (_text(label[1]), _text(label[2]))
 
 
 # -------------------------------------------------------------------------------------------------------- tokens
@@ -500,10 +505,10 @@ def _tokens(text: str, grouping: bool) -> list[str]:
             inside = token[token.index("{") + 1:-1].strip()
             if inside.lower() in ("and", "or"):
                 tokens.append(inside.lower())
-            elif re.search("[A-Za-z]", inside) and not re.fullmatch(r"\(\s?[A-Za-z]\s?\)", inside):
+            elif inside[:1].isalpha():
                 tokens.append('"' + inside)
-            else:
-                tokens += _TOKEN[grouping].findall(inside)          # a number or (B)
+            elif inside:
+                tokens += _tokens(inside, grouping)                 # (B), 13, 12 dollars
         elif not token.isascii() and token not in _BEYOND_ASCII:
             raise _Words if token.isalpha() else _Unreadable
         elif token.isalpha() and len(token) > 1:
@@ -680,9 +685,13 @@ class _Parser:
                 sign = self.next()
                 factor = self.signed(self.power)
                 factors.append(factor if sign == "*" else _reciprocal(factor))
+            elif self.token == "%":                                 # 1/2% is half a percent
+                self.next()
+                factors = [("%", _times(factors))]
             elif self.token in _FACTORS or self.token in _CALLS or self.token == "(" or (
-                    self.token == "|" and not self.bars):
-                factors.append(self.power())                        # 2x, 3(x+1), x sin x
+                    self.token == "|" and not self.bars) or (
+                    self.token[:1].isdigit() and self.tokens[self.at - 1] in ("!", ")", "}")):
+                factors.append(self.power())                        # 2x, 3(x+1), x sin x, 3!4!
             else:
                 break
         node = (both, _times(factors)) if both else _times(factors)
@@ -701,7 +710,7 @@ class _Parser:
         return _negative(node) if negative else node
 
     def power(self):
-        """An atom and what follows it: ! % ° ^ million."""
+        """An atom and what follows it: ! ° ^ million."""
         node = self.atom()
         for _ in range(6):
             if self.token == "^":
@@ -715,9 +724,6 @@ class _Parser:
             elif self.token == "!":
                 self.next()
                 node = ("call", "factorial", node)
-            elif self.token == "%":
-                self.next()
-                node = ("%", node)
             elif self.token == "°":
                 self.next()
                 if self.angle:                                      # sin 30° means degrees
@@ -1466,7 +1472,7 @@ def _agree(a, b, point: dict, work: _Work) -> bool | None:
     with decimal.localcontext(_HIGH) as context:
         context.clear_traps()
         gap = max(abs(high_a[0] - high_b[0]), abs(high_a[1] - high_b[1]))
-        return gap <= Decimal("1e-54") * max(map(abs, high_a + high_b)) or gap <= Decimal("1e-20") * low_gap
+        return gap <= Decimal("1e-54") * max(map(abs, high_a + high_b)) or gap <= Decimal("1e-26") * low_gap
 
 
 # ---------------------------------------------------------------------------------------------------- comparison
