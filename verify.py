@@ -47,7 +47,7 @@ What earns no reward although the right number may be in it (judge):
   G1  No answer, or a blank one. Nothing that is only in an unfinished <think>, or in a box that was cut off.
   G2  A last number (R5) that ends a list of numbers: nobody has committed to it. Lists under R1 to R4 are lists (P6).
   G3  Boxes side by side, with fewer than five words or a hedge (or, maybe, another, ...) in between, count together as
-      one list; a correction (wait, no, actually, ...) or more words in between leaves the last one alone.
+      one list; a correction (wait, wrong, actually, ...) or more words in between leaves the last one alone.
   G4  A last number (R5) in or before a question or a task ("Find ...", "Compute ..."): the problem repeated.
   G5  A choice (A to E, True, False) needs R1 to R4 or words that state it ("is False", "option B"), last one counts.
   G6  A longer number that contains the reference: values are compared, never substrings.
@@ -248,7 +248,7 @@ def _trim(value: str, prose: bool = True) -> str:
 # ---------------------------------------------------------------------------------------------------- commitment
 
 _HEDGE = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively|another|either|could|might)\b", re.IGNORECASE)
-_CORRECTION = re.compile(r"\b(?:wait|no|not|wrong|actually|correct|corrected|correction|mistake|instead|sorry|oops)\b",
+_CORRECTION = re.compile(r"\b(?:wait|no[,.]|wrong|actually|corrected|correction|mistake|instead|sorry|oops)(?!\w)",
                          re.IGNORECASE)
 _LISTED = re.compile(r"[0-9)\]}%$](?:[ *_$]*(?:[,;|/]|\bor\b|\band\b|\bto\b)|[ \t])"          # 3, 4 or _
                      r"[\s,;|*_$(\[]*(?:and|or)?[\s*_$(\[]*$"
@@ -505,8 +505,8 @@ def _tokens(text: str, grouping: bool) -> list[str]:
             inside = token[token.index("{") + 1:-1].strip()
             if inside.lower() in ("and", "or"):
                 tokens.append(inside.lower())
-            elif inside[:1].isalpha():
-                tokens.append('"' + inside)
+            elif inside[:1].isalpha():                              # a vector \mathbf{v}, else words or a unit
+                tokens.append(inside if len(inside) == 1 and token.startswith("\\mathbf") else '"' + inside)
             elif inside:
                 tokens += _tokens(inside, grouping)                 # (B), 13, 12 dollars
         elif not token.isascii() and token not in _BEYOND_ASCII:

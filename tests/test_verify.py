@@ -418,6 +418,7 @@ GAMES = [
     # G3: several boxes
     ("\\boxed{3} \\boxed{4} \\boxed{5}", "5"), ("$\\boxed{3}$, $\\boxed{4}$, $\\boxed{5}$", "5"),
     ("\\boxed{4}\n\n\\boxed{5}", "5"),
+    ("The correct answer is \\boxed{4}. The correct answer is \\boxed{5}.", "5"),
     ("It is \\boxed{4} or maybe it could also turn out to be \\boxed{5}", "5"), ("\\boxed{4} or \\boxed{5}", "4"),
     # G4: the problem again
     ("A box holds 5 pens. How many pens do 4 boxes and 5 pens make?", "5"), ("What is 3 + 5?", "5"),
@@ -500,7 +501,8 @@ def hostile_texts() -> list[str]:
                  "\\ln 2x<\\sin 3 or ",
                  "\\sqrt[3]{2}+", "\\arctan(1/3)+", "x^{77.7}", "(x+y)^{9}", "1/3^{900}+", "(1,x),"):
         texts += [unit * 20, unit * (900 // len(unit)), unit * (100_000 // len(unit)),
-                  "The answer is " + unit * 60 + "1", "\\boxed{" + unit * (900 // len(unit)) + "}", "5" + unit * 40 + "5"]
+                  "The answer is " + unit * 60 + "1", "\\boxed{" + unit * (900 // len(unit)) + "}",
+                  "5" + unit * 40 + "5"]
     return texts
 
 
