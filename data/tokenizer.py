@@ -41,7 +41,6 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 DIGIT = r"\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}"
 DIGITS_GPT2 = (rf"'s|'t|'re|'ve|'m|'ll|'d|[{DIGIT}]| ?\p{{L}}+| ?[^\s\p{{L}}{DIGIT}]+"
                rf"|\s+(?![^\s{DIGIT}])|\s+")
-PUNCTUATION_RUN = re.compile(r" ?(?:[^\w\s]|[_\x1c-\x1f])+")         # [^\s\p{L}\p{N}]+ in Python's words
 
 # Combining marks younger than the Unicode tables in the reference's NFC, which lets them block composition and order.
 YOUNG_MARKS = re.compile("([\u05c8\u05c9\u07fd\u0897-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u1715"
@@ -380,14 +379,19 @@ class Tokenizer:
         """Ranks when bytes that the vocabulary lacks vanish after the split, so that their neighbours may join.
 
         Such bytes belong to characters that are neither letters, digits nor white space, and the split keeps a run of
-        those together with one space before it: encode each run that holds some again, without them.
+        those together with one space before it: encode each run that holds some again, without them. A character that
+        Python's tables do not know ends a run: it may be a letter to tiktoken, and joins with nothing anyway.
         """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")       # as tiktoken treats surrogates
+        dropped = set(self._dropped)
+        kinds = "".join("x" if not dropped.isdisjoint(char.encode()) else " " if char == " " else
+                        "-" if unicodedata.category(char)[0] in "LNZ" or unicodedata.category(char) == "Cn"
+                        or char in WHITE_SPACE else "." for char in text)
         ranks, done = [], 0
-        for run in PUNCTUATION_RUN.finditer(text):
-            spelled = run[0].encode()
-            kept = spelled.translate(None, self._dropped)
-            if kept != spelled:
+        for run in re.finditer(r" ?[x.]+", kinds):
+            if "x" in run[0]:
+                spelled = text[run.start():run.end()].encode()
+                kept = spelled.translate(None, self._dropped)
                 ranks += self._tiktoken.encode_ordinary(text[done:run.end()])
                 del ranks[-len(self._tiktoken._encode_single_piece(spelled)):]
                 ranks += self._tiktoken._encode_single_piece(kept) if kept else []

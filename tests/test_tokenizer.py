@@ -323,7 +323,7 @@ def test_small_tokenizers_equal_the_library(tmp_path, rng, kind):
     folder = write(tmp_path, small_spec(kind, rng))
     tokenizer, reference = Tokenizer.from_pretrained(folder), library(folder)
     words = ["<think>", "</think>", "</think>  \n", "</s>", " \n</s>\u3000 ", "\n\n\n\n\n", "<p>", "<|im_end|>", "<s>", "!\x04!", "\x06'\x1ds",
-             "\n\n\x04", "  \x04", "!\U00040000!", "\x04"]
+             "\n\n\x04", "  \x04", "!\U00040000!", "\x04", "\x04\U00031b7f'll", "\U00031b7f!\x04!", "\x04\u0378!"]
     texts = [OPENING] + ["".join(rng.choice([random_text(rng), rng.choice(words)]) for _ in range(3)) for _ in range(400)]
     assert mismatches(tokenizer, reference, texts) == []
     bytes_of = single_byte_ids(folder)
