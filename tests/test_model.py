@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -417,8 +418,8 @@ def transformers():
     return transformers
 
 
-def theirs(transformers, folder, dtype=torch.float32):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+def theirs(transformers, folder, dtype=torch.float32, attention="eager"):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
 
 
 def random_folder(transformers, folder, case, kv_heads, tied) -> Path:
@@ -442,19 +443,37 @@ def test_parity_with_transformers(case, kv_heads, tied, transformers, tmp_path):
     model, reference = GPT.from_pretrained(folder), theirs(transformers, folder)
     with torch.no_grad():
         exact = reference(ids).logits
-        assert share_of_range(logits(model, ids), exact) < 2e-5
+        share = share_of_range(logits(model, ids), exact)
         model.save_pretrained(tmp_path / "ours")
         assert torch.equal(theirs(transformers, tmp_path / "ours")(ids).logits, exact)
-        low = theirs(transformers, folder, torch.bfloat16)(ids).logits
-    compare_bfloat16(logits(GPT.from_pretrained(folder, dtype=torch.bfloat16), ids), low, exact)
+        low = theirs(transformers, folder, torch.bfloat16, "sdpa")(ids).logits
+    low_ours = logits(GPT.from_pretrained(folder, dtype=torch.bfloat16), ids)
+    check_parity(f"{case}, {kv_heads} kv heads, {'tied' if tied else 'untied'}", share, low_ours, low, exact)
 
 
-def compare_bfloat16(ours, low, exact):
-    """No further from float32 than transformers' bfloat16, times 1.5: in the mean and at the worst logit."""
-    ours, low = (ours.float() - exact).abs(), (low.float() - exact).abs()
-    print(f"bfloat16, distance from float32: ours mean {ours.mean():.4f} max {ours.max():.4f}, "
-          f"theirs mean {low.mean():.4f} max {low.max():.4f}, range {exact.max() - exact.min():.1f}")
-    assert ours.mean() < 1.5 * low.mean() and ours.max() < 1.5 * low.max()
+def check_parity(what, share, low_ours, low_theirs, exact):
+    """float32 within 2e-5 of the range of the logits; bfloat16 no further from float32 than 1.5 times theirs.
+
+    bfloat16 goes by the mean and the 99th percentile: the single worst logit is luck, on both sides. Theirs attends by
+    the same kernel as ours (sdpa); their written-out attention rounds more. The line printed is a row of the parity
+    table: pytest -rP -k parity tests/test_model.py
+    """
+    extent = exact.max() - exact.min()
+    ours, theirs = (low_ours.float() - exact).abs() / extent, (low_theirs.float() - exact).abs() / extent
+    print(f"PARITY | {what} | float32 {share:.1e} | bfloat16 mean ours {ours.mean():.1e} theirs {theirs.mean():.1e}, "
+          f"max ours {ours.max():.1e} theirs {theirs.max():.1e} | of a range of {extent:.1f}")
+    assert share < 2e-5
+    assert ours.mean() < 1.5 * theirs.mean()
+    assert np.quantile(ours.numpy(), 0.99) < 1.5 * np.quantile(theirs.numpy(), 0.99)
+
+
+TEXT = """A baker fills 6 trays with 24 rolls each. She sells 96 rolls before noon and a third of the rest after it.
+How many rolls are left in the evening? First count all rolls: 6 times 24 is 144. Before noon 96 are sold, which leaves
+144 - 96 = 48. A third of 48 is 48 / 3 = 16, so in the evening 48 - 16 = 32 rolls are left.
+
+The mean of five numbers is 12. Four of them are 3, 8, 15 and 20. Find the fifth. The sum is 5 * 12 = 60. The four add
+up to 3 + 8 + 15 + 20 = 46, so the fifth number is $60 - 46 = \\boxed{14}$.
+"""
 
 
 @pytest.mark.skipif("SA_MODELS" not in os.environ, reason="SA_MODELS names no folder with real checkpoints")
@@ -463,20 +482,27 @@ def test_parity_on_real_checkpoints(name, transformers, tmp_path):
     folder = Path(os.environ["SA_MODELS"], name)
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
+    text = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")).encode(TEXT)
     reference, model = theirs(transformers, folder), GPT.from_pretrained(folder)
     ids = torch.randint(0, model.config.vocab_size, (1, 600 if name.startswith("gemma") else 64))   # its window is 512
+    bos = [model.config.hf["bos_token_id"]] * name.startswith("gemma")
+    text = torch.tensor([bos + text])
     with torch.no_grad():
         exact = reference(ids).logits
-        assert share_of_range(logits(model, ids), exact) < 2e-5
+        share = share_of_range(logits(model, ids), exact)
         cache = KVCache(model.config, 1, ids.shape[1])
         model(ids[:, :-4], cache)
         for t in range(ids.shape[1] - 4, ids.shape[1]):
             assert share_of_range(logits(model, ids[:, t:t + 1], cache)[0, 0], exact[0, t]) < 2e-5
+        exact = reference(text).logits
         del reference
-        low = theirs(transformers, folder, torch.bfloat16)(ids).logits
+        low = theirs(transformers, folder, torch.bfloat16, "sdpa")(text).logits
         model = GPT.from_pretrained(folder, dtype=torch.bfloat16)
-        compare_bfloat16(logits(model, ids), low, exact)
+        check_parity(name, share, logits(model, text), low, exact)
         model.save_pretrained(tmp_path)
         shutil.copy(folder / "generation_config.json", tmp_path)
-        assert torch.equal(theirs(transformers, tmp_path, torch.bfloat16)(ids).logits, low)
-    assert peak_of_loading(folder, "bfloat16") < 1.1
+        assert torch.equal(theirs(transformers, tmp_path, torch.bfloat16, "sdpa")(text).logits, low)
+    for dtype in ("float32", "bfloat16"):
+        peak = peak_of_loading(folder, dtype)
+        print(f"LOADING | {name} | {dtype} | peak {peak:.3f} of the weights")
+        assert peak < 1.1
