@@ -301,7 +301,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, config: GPTConfig) -> torch.
     if config.norm_offset:                                                # 1 + weight would lose bits in bfloat16
         wide = torch.promote_types(x.dtype, torch.float32)
         return (F.rms_norm(x.to(wide), x.shape[-1:], None, config.norm_eps) * (1 + weight.to(wide))).to(x.dtype)
-    weight = weight.to(x.dtype)                                           # no-op but for bfloat16 weights under autocast
+    weight = weight.to(x.dtype)                                           # they differ under autocast
     if weight.dim() == 1:
         return F.rms_norm(x, weight.shape, weight, config.norm_eps)
     return F.rms_norm(x, x.shape[-1:], None, config.norm_eps) * weight
@@ -369,8 +369,8 @@ class GPT(nn.Module):
         """forward without the bookkeeping. What layers share is made once: rotation, masks, where k and v go."""
         c, (B, T), device = self.config, tokens.shape, tokens.device
         x = F.embedding(tokens, self.embedding)                           # (B, T, D)
-        if torch.is_autocast_enabled(device.type):                        # then bfloat16 weights give the same numbers as
-            x = x.float()                                                 # float32 weights that are rounded for each matmul
+        if torch.is_autocast_enabled(device.type):                        # so bfloat16 weights give the same numbers as
+            x = x.float()                                                 # float32 weights rounded for each matmul
         if c.embedding_scale != 1.0:
             x = x * torch.tensor(c.embedding_scale, dtype=x.dtype).item()   # rounded to x's dtype, as Gemma was trained
         positions = torch.arange(T, device=device)[None]                  # (1, T)

@@ -190,6 +190,20 @@ def test_rope_switch_needs_the_tokens():
         model(torch.zeros(1, 1, dtype=torch.int64), cache)
 
 
+@torch.no_grad()
+def test_padded_prefill_beyond_the_rope_switch():
+    """A short row in a pack of a long one was read with the long factors; it is read anew when it goes on alone."""
+    model = random_model("phi-3.5, long", torch.float64)
+    ids = torch.randint(0, model.config.vocab_size, (2, 45))              # the switch is 32
+    pack, cache = KVCache(model.config, 2, 45, dtype=torch.float64), KVCache(model.config, 1, 64, dtype=torch.float64)
+    model(ids, pack)
+    cache.copy(slice(0, 1), pack, 1, 10)
+    cache.longest = 10
+    want = full_forward(model, ids[1])
+    for t in range(10, 45):
+        assert share_of_range(model(ids[1:, t:t + 1], cache)[0, 0], want[t]) < 1e-12
+
+
 # The model itself ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("case", STORED)
