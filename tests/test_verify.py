@@ -73,6 +73,7 @@ EXTRACT = [
     ("It fell to -8 degrees", "-8"), ("So 5-3=2", "2"), ("about 2/3 of them", "2/3"),
     ("a share of \\frac{2}{3} then", "2/3"),
     ("up by 12.5% then", "12.5%"),
+    ("{\"answer\": 7}", "7"),
     # R6
     ("", None), (" \n ", None), ("I do not know.", None), ("Let me think about that, and", None)]
 
@@ -123,6 +124,9 @@ EQUAL = r"""
     \pi/6 === \frac{\pi}{6} === π/6 === pi/6 === \arcsin\frac12 === \arctan\frac{1}{\sqrt3} === \sin^{-1} 0.5
     e^{2\ln 3} === 9 === \log_2 512 === \ln e^9
     \ln 6 === \ln 2+\ln 3
+    \ln(-1-i) === \frac{\ln2}{2}-\frac{3\pi i}{4}
+    \ln(-1+i) === \frac{\ln2}{2}+\frac{3\pi i}{4}
+    (-16)^{1/4} === \sqrt2+\sqrt2i === 2e^{i\pi/4}
     \sin 30^\circ === 1/2 === \cos 60° === \sin\frac{\pi}{6} === \tan 45^\circ / 2 === \log 10 / 2
     2i === \sqrt{-4} === (1+i)^2 === 2e^{i\pi/2}
     \frac{1}{1+i} === \frac{1-i}{2} === 0.5 - 0.5i
@@ -152,7 +156,7 @@ EQUAL = r"""
     (-1,\sqrt2] === -1<x\le\sqrt2 === x>-1 and x\le 2^{1/2}
     (-\infty,1)\cup(3,\infty) === x<1 or x>3 === (3,\infty)\cup(-\infty,1)
     x\ne5 === \mathbb{R}\setminus\{5\} === (-\infty,5)\cup(5,\infty)
-    [1,2]\cup(2,3] === [1,3]
+    [1,2]\cup(2,3] === [1,3] === [1,3]\cup(4,4) === [1,3]\cup[2,3)
     \mathbb{R} === (-\infty,\infty) === all real numbers
     y=2x+1 === 2x-y+1=0 === y-1 = 2x === 2y = 4x+2 === \frac{y}{2} = x+\frac12 === -2x+y=1
     x<2y === 2y>x === 3x<6y === -x>-2y
@@ -197,6 +201,7 @@ DIFFERENT = r"""
     \binom{n}{k} =/= \frac{n!}{k!} =/= \frac{n!}{(n-k)!}
     (x+1)^{100} =/= (x+1)^{100}+1 =/= (x-1)^{100}
     -2^2 =/= (-2)^2
+    (-16)^{1/4} =/= -2 =/= 2 =/= 2i
     6+5i =/= 6-5i =/= \sqrt{61} =/= 5+6i
     5 cm =/= 5 m =/= 5 cm^2 =/= 5 minutes =/= 5 hours =/= $5 =/= 5 cents
     5 =/= 5 million =/= 5 hundred =/= 5 maybe =/= 5 squared =/= 5 or so =/= 5) =/= 5 = 6 =/= 2x+z=5 =/= 2+3 = 5
@@ -281,11 +286,13 @@ def test_random_rationals(rng):
         size = 10 ** rng.randint(1, 5)
         value = Fraction(rng.randint(-size, size), rng.choice((1, 1, 2, 3, 7, 8, 20, 125, 99)))
         near = value + Fraction(rng.choice((-1, 1)), rng.choice((1, 7, 10 ** 6, 10 ** 30)))
+        if value in (100 * near, near / 100):       # where a percent sign may stand for nothing (P5)
+            continue
         ours, others = spellings(value, rng), spellings(near, rng)
         for a in ours:
             assert is_equivalent(a, ours[0]), (a, ours[0])
             b = rng.choice(others)
-            assert is_equivalent(a, b) is False or "%" in a + b and a.replace("\\%", "") == b, (a, b)
+            assert not is_equivalent(a, b), (a, b)
 
 
 def test_random_polynomials(rng):
@@ -448,7 +455,7 @@ def test_not_gameable(response, reference, prefix):
     ("So 3 + 2 = 5", "5"), ("He has 5 pens left.", "5"), ("There were 3 and now there are 5.", "5"),
     ("Calculate the rest: 8 - 3 = 5.", "5"), ("She eats 4, which leaves 5 eggs.", "5"), ("9 - 4 = 5\n5", "5"),
     ("First \\boxed{4}. No, that is wrong: \\boxed{5}", "5"), ("\\boxed{5} and again \\boxed{5}", "5"),
-    ("\\boxed{\\boxed{5}}", "5"),
+    ("\\boxed{\\boxed{5}}", "5"), ("It is \\boxed{even}, yes, \\boxed{even}", "even"),
     ("I first found \\boxed{4}. After checking the second equation it must be \\boxed{5}", "5"),
     ("The roots are \\boxed{4} and \\boxed{5}", "4,5"), ("Why 5? Because 2 + 3 = 5. The answer is 5.", "5")])
 def test_honest_answers_are_paid(response, reference):
