@@ -289,8 +289,7 @@ class Tokenizer:
         tiktoken takes a match that has a rank whole, without merging, so that a dead piece would come to life. Here
         every piece is encoded with a character behind it that joins with nothing, and so by its merges.
         """
-        letters = set("".join(pieces))
-        end = next(chr(code) for code in range(32) if chr(code) not in letters)
+        end = min(set(map(chr, range(32))) - set("".join(pieces)))
         out = np.array(self._tiktoken.encode_ordinary("".join(f" {end}{piece}{end}" for piece in pieces)))
         ends = np.flatnonzero(out == ord(end)).reshape(len(pieces), 2)          # before and behind each piece
         for k in np.flatnonzero(ends[:, 1] - ends[:, 0] > 2):

@@ -75,11 +75,10 @@ BYTE_TO_CHAR = {byte: char for char, byte in byte_alphabet().items()}
 def byte_level_spec(rng: random.Random, texts: list[str], merges: int = 150, *, pattern: str | None = QWEN,
                     lacks: bytes = b"", shuffle: bool = True) -> dict:
     """A byte-level tokenizer.json learnt from `texts`; pattern None means digits apart, then GPT-2's pattern."""
-    words = [[BYTE_TO_CHAR[byte] for byte in word.encode()] for text in texts for word in re.findall(r" ?\w+|\W", text)]
-    pairs = [pair for pair in learn_merges(words, merges, rng)]
-    pieces = [char for byte, char in BYTE_TO_CHAR.items() if byte not in lacks]
-    pairs = [pair for pair in pairs if not set("".join(pair)) & {BYTE_TO_CHAR[byte] for byte in lacks}]
-    pieces += [left + right for left, right in pairs]
+    words = [[BYTE_TO_CHAR[byte] for byte in word.encode()] for text in texts for word in re.findall(r" ?\w+|\s+|[^\w\s]+", text)]
+    missing = {BYTE_TO_CHAR[byte] for byte in lacks}
+    pairs = [pair for pair in learn_merges(words, merges, rng) if not set("".join(pair)) & missing]
+    pieces = [*(char for char in BYTE_TO_CHAR.values() if char not in missing), *(left + right for left, right in pairs)]
     if shuffle:                                                   # ids need not follow the merges
         rng.shuffle(pieces)
     ends = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern is None}
@@ -104,6 +103,7 @@ def sentencepiece_spec(rng: random.Random, texts: list[str], merges: int = 150, 
     and a random tenth of the scores is out of order as in Gemma 3."""
     stretches = [list(word) for text in texts for word in re.findall(rf"{MARK}*[^{MARK}]+", text.replace(" ", MARK))]
     pieces = list(dict.fromkeys(left + right for left, right in learn_merges(stretches, merges, rng)))
+    pieces = list(dict.fromkeys([*pieces, "</", f"{MARK}</", f">{MARK}</"]))    # Gemma 3 has the last: a space inside
     for _ in range(len(pieces) // 10):
         pieces.insert(rng.randrange(len(pieces)), pieces.pop(rng.randrange(len(pieces))))
     letters = sorted({char for char in "".join(texts) + MARK if char != " " and rng.random() < 0.8} | set("".join(pieces)) | {MARK})
@@ -169,7 +169,7 @@ def random_text(rng: random.Random) -> str:
         elif kind == 6:
             parts.append(rng.choice([" ", "\n", "\t", "\r\n", "\u3000", "a", "=", "-", "0", "\n ", "ha"]) * rng.randint(1, 70))
         elif kind == 7:
-            parts.append("".join(rng.choice("0123456789") for _ in range(rng.randint(1, 12))))
+            parts.append(rng.choice(["", " ", "  ", "\n\n"]) + "".join(rng.choice("0123456789") for _ in range(rng.randint(1, 12))))
         elif kind == 8:
             parts.append("".join(rng.choice("etaoinshrdlu") for _ in range(rng.randint(1, 9))))
         elif kind == 9:
@@ -302,7 +302,7 @@ def test_sentencepiece_is_plain_bpe(tmp_path, rng, prefix):
 # ------------------------------------------------------------------------------- against the library, small tokenizers
 
 def small_spec(kind: int, rng: random.Random) -> dict:
-    texts = [OPENING * 3 + "".join(random_text(rng)[:200] for _ in range(10))]
+    texts = [OPENING * 3 + "a  1   2 \n\n3 !! ?!! :! " * 9 + "".join(random_text(rng)[:200] for _ in range(10))]
     if kind == 0:
         return byte_level_spec(rng, texts)
     if kind == 1:
