@@ -38,7 +38,7 @@ def encode_prompt(tokenizer: Tokenizer, question: str, *, system: str | None = N
         return join(tokenizer, [token("<|question|>"), question, token("<|answer|>")])
 
     if tokenizer.bos_id is None and "bos_token" in template:
-        raise ValueError(f"{folder}: the chat template begins with a bos_token that tokenizer_config.json does not name")
+        raise ValueError(f"{folder}: the chat template uses a bos_token that tokenizer_config.json does not name")
     frame = [tokenizer.bos_id] if "bos_token" in template else []
     if re.search(r"<\|im_start\|>assistant(\\n|\n)['\"]", template):                  # ChatML: Qwen2.5, Qwen3, SmolLM2
         start, end = token("<|im_start|>"), token("<|im_end|>")

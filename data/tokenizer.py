@@ -1,7 +1,7 @@
 """Text <-> token ids through tiktoken, from a checkpoint's own tokenizer.json (nothing is ever downloaded).
 
-tiktoken repeats one step: among neighbouring pieces whose joined bytes have a rank, join the pair of the lowest rank, the
-leftmost first. A tokenizer.json lists its joins in the same order (`merges`), so all it takes is a rank per join:
+tiktoken repeats one step: among neighbouring pieces whose joined bytes have a rank, join the pair of the lowest rank,
+the leftmost first. A tokenizer.json lists its joins in the same order (`merges`), so all it takes is a rank per join:
 
     byte-level BPE (Qwen, SmolLM2)
         the 256 bytes, then what each merge makes
@@ -27,7 +27,7 @@ import tiktoken
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
          "chat_template.jinja", "vocab.json", "merges.txt")
 MAX_ID = 2_000_000                 # an id above this is a broken file, not a vocabulary
-MAX_SPACES = 500_000               # tiktoken's splitter overflows its stack on a run of a million white-space characters
+MAX_SPACES = 500_000               # tiktoken's splitter overflows its stack on a million spaces in a row
 SEVERAL = -1                       # in the table rank -> id: this rank stands for no id or for several
 MARK = "\u2581"                    # SentencePiece's visible space
 WHITE_SPACE = ("\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
@@ -113,11 +113,13 @@ class Tokenizer:
         self._read_bpe(spec)
         self._read_bos_and_eos(spec, settings)
         jinja = folder / "chat_template.jinja"
-        template = jinja.read_text(encoding="utf-8", errors="replace") if jinja.exists() else settings.get("chat_template")
+        template = settings.get("chat_template")
+        if jinja.exists():
+            template = jinja.read_text(encoding="utf-8", errors="replace")
         if isinstance(template, list):                             # several named templates: the one called default
             template = {t["name"]: t["template"] for t in template}.get("default")
         if not isinstance(template, str | None):
-            raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}, no text")
+            raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}")
         self.chat_template = template
         self._read_stop_ids(generation, config)
 
@@ -131,7 +133,7 @@ class Tokenizer:
         """Added tokens: the special ones, kept out of ordinary text, and plain words that text always matches whole."""
         if any(not token["content"] or token["single_word"] or token["normalized"] for token in added
                if not token["special"]):
-            raise self._unsupported("an added token that is empty, matches normalised text or matches single words only")
+            raise self._unsupported("an added token that is empty, or matches normalised text or single words only,")
         if any(vocab.get(token["content"], token["id"]) != token["id"] for token in added):
             raise self._unsupported("an added token whose id is another in the vocabulary")
         self.special = {token["content"]: token["id"] for token in added if token["special"]}
@@ -186,8 +188,8 @@ class Tokenizer:
         # Where there is no unknown token either, the reference drops a byte that is no piece and joins its neighbours.
         self._dropped = bytes(byte for byte in range(256) if ids[byte] == SEVERAL)
         self._several.update((byte, ()) for byte in self._dropped)
-        if any(chr(byte) in WHITE_SPACE or chr(byte).isalnum() and byte < 128 or 0x80 <= byte < 0xC0 or 0xC2 <= byte < 0xF1
-               for byte in self._dropped):
+        if any(chr(byte) in WHITE_SPACE or chr(byte).isalnum() and byte < 0x80 or 0x80 <= byte < 0xC0
+               or 0xC2 <= byte < 0xF1 for byte in self._dropped):
             raise self._unsupported("a vocabulary that lacks the bytes of letters, digits or white space")
         ranks = {bytes([byte]): byte for byte in range(256)}
         for piece in made:
@@ -227,7 +229,7 @@ class Tokenizer:
         replace = {"type": "Replace", "pattern": {"String": " "}, "content": MARK}
         prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": MARK}, replace]}
         split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
-        metaspace = {"type": "Metaspace", "replacement": MARK, "split": False}          # as transformers 5 writes Llama's
+        metaspace = {"type": "Metaspace", "replacement": MARK, "split": False}      # how transformers 5 writes Llama's
         normalizer, pre_tokenizer = spec.get("normalizer"), spec.get("pre_tokenizer")
         if normalizer == prepend and pre_tokenizer is None:
             self._prefix = "always"
@@ -341,7 +343,8 @@ class Tokenizer:
         ids, done, at = [], 0, 0
         while found := self._word_start.search(text, at):
             start = found.start()
-            word = next((text[start:start + n] for n in self._word_lengths if text[start:start + n] in self._words), None)
+            spelled = (text[start:start + length] for length in self._word_lengths)
+            word = next((word for word in spelled if word in self._words), None)
             if word is None:
                 at = start + 1
                 continue

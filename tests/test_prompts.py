@@ -17,30 +17,30 @@ from data.tokenizer import Tokenizer
 SHARED = Path(os.environ["SA_SHARED"]) if os.environ.get("SA_SHARED") else None
 MODELS = Path(os.environ["SA_MODELS"]) if os.environ.get("SA_MODELS") else None
 
-# The five frames as templates of our own wording; the first two write their newlines as escapes, the others as they are.
+# The frames as templates of our own wording; the first two write their newlines as escapes, the others as they are.
 TEMPLATES = {
-    "chatml": r"""{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"""
-              r"""{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
-    "chatml-default": r"""{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are Test, made here.<|im_end|>\n' }}"""
-                      r"""{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"""
-                      r"""{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
-    "gemma": "{{ bos_token }}{% if messages[0].role == 'system' %}{% set first_user_prefix = messages[0].content + '\n\n' %}"
-             "{% set turns = messages[1:] %}{% else %}{% set first_user_prefix = '' %}{% set turns = messages %}{% endif %}"
+    "chatml": r"""{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"""
+              r"""{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+    "chatml-default": r"""{% if messages[0].role != 'system' %}"""
+                      r"""{{ '<|im_start|>system\nYou are Test, made here.<|im_end|>\n' }}{% endif %}{% for m in messages %}"""
+                      r"""{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+    "gemma": "{{ bos_token }}{% set first_user_prefix = '' %}{% set turns = messages %}{% if messages[0].role == 'system' %}"
+             "{% set first_user_prefix = messages[0].content + '\n\n' %}{% set turns = messages[1:] %}{% endif %}"
              "{% for m in turns %}{{ '<start_of_turn>' + m.role + '\n' + first_user_prefix + m.content | trim + "
              "'<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
-    "phi": "{% for m in messages %}{% if m.role == 'system' and m.content %}{{ '<|system|>\n' + m.content + '<|end|>\n' }}"
-           "{% elif m.role == 'user' %}{{ '<|user|>\n' + m.content + '<|end|>\n' }}{% endif %}{% endfor %}"
+    "phi": "{% for m in messages %}{% if m.role == 'system' and m.content %}"
+           "{{ '<|system|>\n' + m.content + '<|end|>\n' }}{% elif m.role == 'user' %}{{ '<|user|>\n' + m.content + '<|end|>\n' }}{% endif %}{% endfor %}"
            "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
-    "llama2": "{% if messages[0].role == 'system' %}{% set before = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
-              "{% set turns = messages[1:] %}{% else %}{% set before = '' %}{% set turns = messages %}{% endif %}"
+    "llama2": "{% set before = '' %}{% set turns = messages %}{% if messages[0].role == 'system' %}"
+              "{% set before = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}{% set turns = messages[1:] %}{% endif %}"
               "{% for m in turns %}{{ bos_token + '[INST] ' + (before + m.content).strip() + ' [/INST]' }}{% endfor %}",
     "embedded": "{% for m in messages %}{{ '<|question|>' + m.content }}{% endfor %}"
                 "{% if add_generation_prompt %}{{ '<|answer|>' }}{% endif %}",
 }
-for frame in ("phi", "llama2"):                      # the same with the space only at the start, as transformers 5 writes it
+for frame in ("phi", "llama2"):                      # with a space only at the text's start, as transformers 5 writes it
     TEMPLATES[f"{frame}-first"] = TEMPLATES[frame]
-NAMES = {"gemma": ["<bos>", "<start_of_turn>", "<end_of_turn>"], "phi": ["<|endoftext|>", "<|system|>", "<|user|>", "<|end|>",
-         "<|assistant|>"], "llama2": [], "embedded": ["<|question|>", "<|answer|>"]}
+NAMES = {"gemma": ["<bos>", "<start_of_turn>", "<end_of_turn>"],
+         "phi": ["<|endoftext|>", "<|system|>", "<|user|>", "<|end|>", "<|assistant|>"], "embedded": ["<|question|>", "<|answer|>"]}
 QUESTIONS = ["What is 1+1?", "", "  two spaces,\ttab and end  \n", "\n\nnewlines\n\n", "Écrire ▁ 中文 😀 e\u0301", "'s",
              "a [INST] b <<SYS>> c", "\u3000wide\u3000"]
 SYSTEMS = [None, "You are careful.", "  spaces around \n"]
@@ -57,7 +57,8 @@ def make(folder: Path, frame: str) -> Path:
         settings["eos_token"] = "<|endoftext|>"
     else:
         # Phi-3.5 has no words of white space; behind a token that swallows white space the library finds them twice
-        spec = sentencepiece_spec(rng, [OPENING], prefix=frame != "gemma", words=() if frame == "phi" else ("\n\n", "<p>"))
+        words = () if frame == "phi" else ("\n\n", "<p>")
+        spec = sentencepiece_spec(rng, [OPENING], prefix=frame != "gemma", words=words)
         settings |= {"bos_token": "<bos>" if frame == "gemma" else "<s>", "add_bos_token": frame != "phi"}
         if first:
             spec |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "split": False,
@@ -88,8 +89,9 @@ def test_chatml_by_hand(tmp_path):
         assert encode_prompt(t, "hat?", instruction=False) == default + turn("user\nhat?") + answer
         assert encode_prompt(t, "", instruction=False) == default + turn("user\n") + answer
         assert encode_prompt(t, "") == default + turn(f"user\n\n{INSTRUCTION}") + answer
-        assert encode_prompt(t, "hat?", system="Be.") == turn("system\nBe.") + turn(f"user\nhat?\n{INSTRUCTION}") + answer
-        assert encode_prompt(t, "hat?", system="") == turn("system\n") + turn(f"user\nhat?\n{INSTRUCTION}") + answer
+        asked = turn(f"user\nhat?\n{INSTRUCTION}")
+        assert encode_prompt(t, "hat?", system="Be.") == turn("system\nBe.") + asked + answer
+        assert encode_prompt(t, "hat?", system="") == turn("system\n") + asked + answer
 
 
 def test_gemma_phi_and_llama_by_hand(tmp_path):
@@ -97,12 +99,13 @@ def test_gemma_phi_and_llama_by_hand(tmp_path):
     bos, start, end = (t.special[name] for name in NAMES["gemma"])
     assert encode_prompt(t, " hat? ", system="Be.", instruction=False) == \
         [bos, start, *t.encode("user\nBe.\n\nhat?"), end, *t.encode("\n"), start, *t.encode("model\n")]
-    assert encode_prompt(t, "") == [bos, start, *t.encode(f"user\n{INSTRUCTION}"), end, *t.encode("\n"), start, *t.encode("model\n")]
+    assert encode_prompt(t, "") == \
+        [bos, start, *t.encode(f"user\n{INSTRUCTION}"), end, *t.encode("\n"), start, *t.encode("model\n")]
 
     t = read(tmp_path / "phi", "phi")
-    end = t.special["<|end|>"]                                         # each of these swallows the newline behind it
-    assert encode_prompt(t, "hat?", system="Be.", instruction=False) == [
-        t.special["<|system|>"], *t.encode("Be."), end, t.special["<|user|>"], *t.encode("hat?"), end, t.special["<|assistant|>"]]
+    _, opens, user, end, assistant = (t.special[name] for name in NAMES["phi"])       # these swallow the newline behind
+    assert encode_prompt(t, "hat?", system="Be.", instruction=False) == \
+        [opens, *t.encode("Be."), end, user, *t.encode("hat?"), end, assistant]
 
     t = read(tmp_path / "llama2", "llama2")
     assert encode_prompt(t, "hat?", instruction=False) == [t.bos_id, *t.encode("[INST] hat? [/INST]")]
@@ -130,11 +133,13 @@ def test_plain_frame_without_a_template(tmp_path):
 
 
 def test_bare_prompt_is_one_token(tmp_path):
-    for frame, name in (("chatml", "<|endoftext|>"), ("embedded", "<|endoftext|>"), ("gemma", "<bos>"), ("phi", "<s>"), ("llama2", "<s>")):
+    for frame, name in (("chatml", "<|endoftext|>"), ("embedded", "<|endoftext|>"), ("gemma", "<bos>"), ("phi", "<s>"),
+                        ("llama2", "<s>")):
         t = read(tmp_path / frame, frame)
         assert bare_prompt(t) == [t.special[name]]
     folder = make(tmp_path / "smol", "chatml")
-    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     t = Tokenizer.from_pretrained(folder)
     assert bare_prompt(t) == [t.special["<|endoftext|>"]]
@@ -170,17 +175,19 @@ def test_unknown_templates_are_refused(tmp_path):
 def test_where_the_template_is_read_from(tmp_path):
     folder = make(tmp_path, "chatml")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["chat_template"] = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": TEMPLATES["chatml"]}]
+    settings["chat_template"] = [{"name": "tool_use", "template": "x"},
+                                 {"name": "default", "template": TEMPLATES["chatml"]}]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     t = Tokenizer.from_pretrained(folder)
-    assert t.chat_template == TEMPLATES["chatml"] and t.stop_ids == {t.special["<|endoftext|>"], t.special["<|im_end|>"]}
+    assert t.chat_template == TEMPLATES["chatml"]
+    assert t.stop_ids == {t.special["<|endoftext|>"], t.special["<|im_end|>"]}
     (folder / "chat_template.jinja").write_text(TEMPLATES["chatml-default"])                       # the file goes first
     assert Tokenizer.from_pretrained(folder).chat_template == TEMPLATES["chatml-default"]
 
 
 def test_stop_ids_of_the_frames(tmp_path):
-    for frame, names in (("chatml", ["<|endoftext|>", "<|im_end|>"]), ("gemma", ["<end_of_turn>"]), ("phi", ["<|end|>"]),
-                         ("embedded", ["<|endoftext|>"])):
+    for frame, names in (("chatml", ["<|endoftext|>", "<|im_end|>"]), ("gemma", ["<end_of_turn>"]),
+                         ("phi", ["<|end|>"]), ("embedded", ["<|endoftext|>"])):
         t = read(tmp_path / frame, frame)
         assert t.stop_ids == {t.special[name] for name in names}
 
@@ -199,7 +206,7 @@ def check_against_transformers(folder: Path, questions: list[str], systems: list
                 expected = theirs.apply_chat_template([*messages, {"role": "user", "content": content}], tokenize=True,
                                                       add_generation_prompt=True, return_dict=False)
                 ids = encode_prompt(ours, question, system=system, instruction=instruction)
-                assert ids == expected, (question, system, theirs.convert_ids_to_tokens(ids), theirs.convert_ids_to_tokens(expected))
+                assert ids == expected, (question, system, theirs.decode(ids), theirs.decode(expected))
 
 
 @pytest.mark.parametrize("frame", TEMPLATES)
@@ -216,10 +223,12 @@ def test_published_frames_equal_transformers(tmp_path, name, rng):
         folder = SHARED and SHARED / "tokenizers" / name.replace("phi3.5", "llama2")
     if not folder or not folder.exists():
         pytest.skip(f"{name}: set SA_SHARED and SA_MODELS")
-    if name in ("phi3.5", "llama2"):                                      # published without a template: ours, in their words
+    if name in ("phi3.5", "llama2"):                                      # published without a template: the one above
         folder = phi_folder(tmp_path) if name == "phi3.5" else Path(shutil.copytree(folder, tmp_path / name))
         os.chmod(folder, 0o755)
         (folder / "chat_template.jinja").write_text(TEMPLATES["phi" if name == "phi3.5" else "llama2"])
-    lines = (SHARED / "data" / "raw" / "gsm8k_test.jsonl").read_text(encoding="utf-8").splitlines()[:200] if SHARED else []
-    questions = QUESTIONS + [random_text(rng) for _ in range(200)] + [json.loads(line)["question"] for line in lines]
+    questions = QUESTIONS + [random_text(rng) for _ in range(200)]
+    if SHARED:
+        lines = (SHARED / "data" / "raw" / "gsm8k_test.jsonl").read_text(encoding="utf-8").splitlines()[:200]
+        questions += [json.loads(line)["question"] for line in lines]
     check_against_transformers(folder, questions, SYSTEMS)
