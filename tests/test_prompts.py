@@ -19,28 +19,38 @@ MODELS = Path(os.environ["SA_MODELS"]) if os.environ.get("SA_MODELS") else None
 
 # The frames as templates of our own wording; the first two write their newlines as escapes, the others as they are.
 TEMPLATES = {
-    "chatml": r"""{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"""
-              r"""{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
-    "chatml-default": r"""{% if messages[0].role != 'system' %}"""
-                      r"""{{ '<|im_start|>system\nYou are Test, made here.<|im_end|>\n' }}{% endif %}{% for m in messages %}"""
-                      r"""{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
-    "gemma": "{{ bos_token }}{% set first_user_prefix = '' %}{% set turns = messages %}{% if messages[0].role == 'system' %}"
-             "{% set first_user_prefix = messages[0].content + '\n\n' %}{% set turns = messages[1:] %}{% endif %}"
-             "{% for m in turns %}{{ '<start_of_turn>' + m.role + '\n' + first_user_prefix + m.content | trim + "
-             "'<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
-    "phi": "{% for m in messages %}{% if m.role == 'system' and m.content %}"
-           "{{ '<|system|>\n' + m.content + '<|end|>\n' }}{% elif m.role == 'user' %}{{ '<|user|>\n' + m.content + '<|end|>\n' }}{% endif %}{% endfor %}"
-           "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
-    "llama2": "{% set before = '' %}{% set turns = messages %}{% if messages[0].role == 'system' %}"
-              "{% set before = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}{% set turns = messages[1:] %}{% endif %}"
-              "{% for m in turns %}{{ bos_token + '[INST] ' + (before + m.content).strip() + ' [/INST]' }}{% endfor %}",
-    "embedded": "{% for m in messages %}{{ '<|question|>' + m.content }}{% endfor %}"
-                "{% if add_generation_prompt %}{{ '<|answer|>' }}{% endif %}",
+    "chatml":
+        r"{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "chatml-default":
+        r"{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are Test.<|im_end|>\n' }}{% endif %}"
+        r"{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "gemma":
+        "{{ bos_token }}{% set first_user_prefix = '' %}{% set turns = messages %}"
+        "{% if messages[0].role == 'system' %}"
+        "{% set first_user_prefix = messages[0].content + '\n\n' %}{% set turns = messages[1:] %}{% endif %}"
+        "{% for m in turns %}{{ '<start_of_turn>' + m.role + '\n' + first_user_prefix + m.content | trim }}"
+        "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+    "phi":
+        "{% for m in messages %}{% if m.role == 'system' and m.content %}"
+        "{{ '<|system|>\n' + m.content + '<|end|>\n' }}{% elif m.role == 'user' %}"
+        "{{ '<|user|>\n' + m.content + '<|end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+    "llama2":
+        "{% set before = '' %}{% set turns = messages %}{% if messages[0].role == 'system' %}"
+        "{% set before = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
+        "{% set turns = messages[1:] %}{% endif %}"
+        "{% for m in turns %}{{ bos_token + '[INST] ' + (before + m.content).strip() + ' [/INST]' }}{% endfor %}",
+    "embedded":
+        "{% for m in messages %}{{ '<|question|>' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|answer|>' }}{% endif %}",
 }
-for frame in ("phi", "llama2"):                      # with a space only at the text's start, as transformers 5 writes it
+for frame in ("phi", "llama2"):                     # with a space only at the text's start, as transformers 5 has it
     TEMPLATES[f"{frame}-first"] = TEMPLATES[frame]
 NAMES = {"gemma": ["<bos>", "<start_of_turn>", "<end_of_turn>"],
-         "phi": ["<|endoftext|>", "<|system|>", "<|user|>", "<|end|>", "<|assistant|>"], "embedded": ["<|question|>", "<|answer|>"]}
+         "phi": ["<|endoftext|>", "<|system|>", "<|user|>", "<|end|>", "<|assistant|>"],
+         "embedded": ["<|question|>", "<|answer|>"]}
 QUESTIONS = ["What is 1+1?", "", "  two spaces,\ttab and end  \n", "\n\nnewlines\n\n", "Écrire ▁ 中文 😀 e\u0301", "'s",
              "a [INST] b <<SYS>> c", "\u3000wide\u3000"]
 SYSTEMS = [None, "You are careful.", "  spaces around \n"]
@@ -77,7 +87,7 @@ def read(folder: Path, frame: str) -> Tokenizer:
 # ------------------------------------------------------------------------------------------------- by hand
 
 def test_chatml_by_hand(tmp_path):
-    for frame, first in (("chatml", None), ("chatml-default", "You are Test, made here.")):
+    for frame, first in (("chatml", None), ("chatml-default", "You are Test.")):
         t = read(tmp_path / frame, frame)
         start, end = t.special["<|im_start|>"], t.special["<|im_end|>"]
 

@@ -150,11 +150,12 @@ SCRIPTS = [(0x20, 0x7E), (0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x52F), (0x590, 
            (0xF900, 0xFAFF), (0xFE00, 0xFFEF), (0x10000, 0x10FFF), (0x11000, 0x11FFF), (0x1D100, 0x1D7FF),
            (0x1F300, 0x1FAFF), (0x20000, 0x2FA1F), (0xE0000, 0xE01FF)]
 MARKS = [chr(code) for code in range(0x110000) if unicodedata.combining(chr(code))]
-BITS = ["'s", "'S", "'ll", "'re", "’t", "''", "▁", "▁▁", " ", "  ", "    ", "\n", "\n\n", "\r\n", "\t", "\t\t", "\u00a0",
-        "\u2003", "\u3000", "\x85", "\x1c", "\x00", "\x04", "\x06", "\x7f", "\u200d", "\ufe0f", "\u200b", "\ufeff", "\ufffd", "\uffff",
-        "👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇩🇪", "e\u0301", "A\u030a", "\u212b", "\u1112\u1161\u11ab", "क्षि", "ﬁ", "ſ", "İ", "ß", "½", "²", "٣", "Ⅷ",
-        "\\frac{1}{2}", "$x^2$", "\\boxed{", "}", "<h1>", "</p>", "> </", ">  </div>", "<0x41>", "YYYY", " YYYY", " ::::::::",
-        "<unused0>", "hello", " world", "ing", " the", "12,345.67", "0x1F", "_id", "--", "...", "!!", "?!"]
+BITS = ["'s", "'S", "'ll", "'re", "’t", "''", "▁", "▁▁", " ", "  ", "    ", "\n", "\n\n", "\r\n", "\t", "\t\t",
+        "\u00a0", "\u2003", "\u3000", "\x85", "\x1c", "\x00", "\x04", "\x06", "\x7f", "\u200d", "\ufe0f", "\u200b",
+        "\ufeff", "\ufffd", "\uffff", "👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇩🇪", "e\u0301", "A\u030a", "\u212b",
+        "\u1112\u1161\u11ab", "क्षि", "ﬁ", "ſ", "İ", "ß", "½", "²", "٣", "Ⅷ", "\\frac{1}{2}", "$x^2$", "\\boxed{",
+        "}", "<h1>", "</p>", "> </", ">  </div>", "<0x41>", "YYYY", " YYYY", " ::::::::", "<unused0>", "hello",
+        " world", "ing", " the", "12,345.67", "0x1F", "_id", "--", "...", "!!", "?!"]
 
 
 def random_text(rng: random.Random) -> str:
@@ -240,7 +241,7 @@ def single_byte_ids(folder: Path) -> list[int]:
 
 
 def phi_folder(folder: Path) -> Path:
-    """Phi-3.5's tokenizer: Llama 2's pieces and eleven more tokens, ten of which swallow the white space behind them."""
+    """Phi-3.5's tokenizer: Llama 2's pieces and eleven more tokens; ten swallow the white space behind them."""
     spec = json.loads((SHARED / "tokenizers" / "llama2" / "tokenizer.json").read_text(encoding="utf-8"))
     spec["added_tokens"][2] |= {"special": False, "rstrip": True}                                  # </s>
     names = ["<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|placeholder2|>", "<|placeholder3|>",
@@ -330,8 +331,11 @@ def test_small_tokenizers_equal_the_library(tmp_path, rng, kind):
     folder = write(tmp_path, small_spec(kind, rng))
     tokenizer, reference = Tokenizer.from_pretrained(folder), library(folder)
     words = ["<think>", "</think>", "</think>  \n", "</s>", " \n</s>\u3000 ", "\n\n\n\n\n", "<p>", "<|im_end|>", "<s>",
-             "!\x04!", "\x06'\x1ds", "\n\n\x04", "  \x04", "!\U00040000!", "\x04", "\x04\U00031b7f'll", "\U00031b7f!\x04!", "\x04\u0378!"]
-    texts = [OPENING, *("".join(rng.choice([random_text(rng), rng.choice(words)]) for _ in range(3)) for _ in range(400))]
+             "!\x04!", "\x06'\x1ds", "\n\n\x04", "  \x04", "!\U00040000!", "\x04",
+             "\x04\U00031b7f'll", "\U00031b7f!\x04!", "\x04\u0378!"]
+    texts = [OPENING]
+    for _ in range(400):
+        texts.append("".join(rng.choice([random_text(rng), rng.choice(words)]) for _ in range(3)))
     assert mismatches(tokenizer, reference, texts) == []
     bytes_of = single_byte_ids(folder)
     for _ in range(300):
@@ -464,7 +468,8 @@ def test_stop_ids_come_from_all_files(tmp_path):
     assert stops(tokenizer_config={"eos_token": {"content": "<|endoftext|>"}}) == {end}
     assert stops(config={"eos_token_id": end}, generation_config={"eos_token_id": [turn, 5]}) == {end, turn, 5}
     assert stops(config={"text_config": {"eos_token_id": 7}}) == {7}
-    assert stops(config={"eos_token_id": end}, tokenizer_config={"chat_template": "<|im_start|><|im_end|>"}) == {end, turn}
+    chatml = {"chat_template": "<|im_start|><|im_end|>"}
+    assert stops(config={"eos_token_id": end}, tokenizer_config=chatml) == {end, turn}
     for bad in ("2", [2, None], 1.5, True, -1):
         with pytest.raises(ValueError, match="eos_token_id"):
             stops(generation_config={"eos_token_id": bad})
