@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from data.problems import load_problems
 from data.prompts import encode_prompt
+from sar import GROUP_REWARDS, REWARDS
 
 HERE = Path(__file__).parent
 RUNS = Path(os.environ.get("SA_RUNS", HERE / "runs"))  # SA_RUNS: another disk, or a test's own folder
@@ -74,8 +75,11 @@ def common_arguments(parser: argparse.ArgumentParser, ppo: dict | None = None, *
         "by; tokens", type=int)
 
     group = parser.add_argument_group("reward")
-    add(group, "--reward", "sar", "sar", "sar: R_VR + alpha R_SA; vr: R_VR alone, the plain algorithm", choices=("sar", "vr"))
-    add(group, "--alpha", 0.2, 0.2, "weight of R_SA, no unit (paper: 0.2, swept 0.05 to 0.3)", type=float)
+    add(group, "--reward", "sar", "sar", "sar: R_VR + alpha R_SA; vr: R_VR alone, the plain algorithm; sar-only: R_SA alone; em, vr+em: "
+        "-log ppl(a|q) alone, with R_VR; o1, er: R_VR with a length reward within the group (sar.py: total_reward)", choices=REWARDS)
+    add(group, "--alpha", 0.2, 0.2, "weight of what is added to R_VR, no unit (paper: 0.2, swept 0.05 to 0.3)", type=float)
+    group.add_argument("--alpha-end", type=float, help="weight at the last step; it goes there from --alpha in a straight line "
+                       "(default: --alpha throughout; the public code has such a schedule)")
     add(group, "--alone", "empty", "empty", "the context of ppl(a): the prompt's frame with an empty question, or the bare "
         "beginning-of-text token", choices=("empty", "bare"))
     add(group, "--verifier", "policy", "policy", "what counts as the answer: verify.py's policy, or the last number in the text "
@@ -126,6 +130,8 @@ def parse(parser: argparse.ArgumentParser, algorithm: str, argv: list[str] | Non
         free = {"steps", "save_every", "slots", "resume", "run", "device", "micro_tokens", "_pairs"}
         if saved["data"] == "tiny" or (saved["eval_every"] > 0) == (args.eval_every > 0):
             free.add("eval_every")  # else it would hold out problems that were trained on, or train on those held out
+        if saved.get("alpha_end") is not None:
+            free.remove("steps")  # the slope of alpha depends on them
         changed = [f"--{k.replace('_', '-')} was {saved[k]}, now {v}" for k, v in vars(args).items()
                    if k not in free and k in saved and saved[k] != v]
         if changed:
@@ -151,8 +157,11 @@ def parse(parser: argparse.ArgumentParser, algorithm: str, argv: list[str] | Non
             raise ValueError(f"--{name} must lie between {low} and {high}, got {getattr(args, name)}")
     if not args.kl_coef >= 0 or args.eval_every < 0:
         raise ValueError(f"--kl-coef and --eval-every must not be negative, got {args.kl_coef} and {args.eval_every}")
-    if not math.isfinite(args.alpha):
-        raise ValueError(f"--alpha must be a number, got {args.alpha}")
+    for name in ("alpha", "alpha_end"):
+        if getattr(args, name) is not None and not math.isfinite(getattr(args, name)):
+            raise ValueError(f"--{name.replace('_', '-')} must be a number, got {getattr(args, name)}")
+    if args.reward in GROUP_REWARDS and args.n < 2:
+        raise ValueError(f"--reward {args.reward} compares the answers to one question: it needs --n 2 or more, got {args.n}")
     if args.minibatch > args.prompts_per_step:
         raise ValueError(f"--minibatch {args.minibatch} is larger than --prompts-per-step {args.prompts_per_step}: both count questions")
     if args.prompts_per_step % args.minibatch:

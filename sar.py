@@ -203,3 +203,43 @@ def self_aligned_reward(given_query: list[Tensor], alone: list[Tensor]) -> Tenso
             # ppl(a|q) / ppl(a) as one exponential: neither perplexity alone need be a finite number
             rewards[i] = 1 - (without.double().mean() - with_query.double().mean()).exp()
     return rewards.clamp(-1, 1).detach()
+
+
+# ---- the rewards it is compared with ----
+
+REWARDS = ("sar", "vr", "sar-only", "em", "vr+em", "o1", "er")
+GROUP_REWARDS = ("o1", "er")  # they compare the answers to one question
+
+
+def total_reward(name: str, r_vr: Tensor, r_sa: Tensor, given_query: list[Tensor], lengths: Tensor, *, alpha: float, n: int) -> Tensor:
+    """The reward R (N,) of every answer, N = P * n, a question's n answers adjacent, by the name that --reward gives it.
+
+    r_vr (N,) float64, 0 or 1; r_sa (N,) float64 in [-1, 1]; given_query: per answer log P(a_j | q, a_<j) in nats, at least one;
+    lengths (N,) in tokens. As in the comparison of arXiv 2509.05489 and its public code every part has the weight alpha beside
+    R_VR and the weight 1 alone. Raises ValueError for an unknown name, and where o1 or er has no group to compare within."""
+    if name in GROUP_REWARDS and n < 2:
+        raise ValueError(f"--reward {name} compares the answers to one question: it needs --n 2 or more, got {n}")
+    if name == "vr":
+        return r_vr
+    if name == "sar":
+        return r_vr + alpha * r_sa
+    if name == "sar-only":
+        return r_sa
+    if name in ("em", "vr+em"):  # entropy minimisation: R_EM = -log ppl(a|q), confidence (arXiv 2505.15134)
+        r_em = -torch.stack([perplexity(logprobs) for logprobs in given_query]).log()
+        return r_em if name == "em" else r_vr + alpha * r_em
+    length, correct = lengths.double().view(-1, n), r_vr.view(-1, n)  # (P, n) each
+    if name == "o1":  # mean length / length - 1 (O1-Pruner, arXiv 2501.12570), the group's mean for that of the start, clipped
+        return r_vr + alpha * (length.mean(1, keepdim=True) / length - 1).clamp(-1, 1).flatten()
+    if name == "er":  # sigmoid of the length, standardised among the correct answers; wrong ones earn 0 (arXiv 2502.04463)
+        count = correct.sum(1, keepdim=True).clamp_min(1)  # (P, 1)
+        mean = (correct * length).sum(1, keepdim=True) / count
+        deviation = (correct * (length - mean) ** 2).sum(1, keepdim=True).div(count).sqrt()
+        z = (length - mean) / deviation.clamp_min(1e-5)  # equal lengths, or one correct answer: 0
+        return r_vr * (1 - alpha * (2 * z.sigmoid() - 1).flatten())  # 2 s - 1: the mean length costs nothing (2509.05489's code)
+    raise ValueError(f"there is no reward {name!r}: choose one of {', '.join(REWARDS)}")
+
+
+def alpha_at(step: int, steps: int, alpha: float, alpha_end: float | None) -> float:
+    """The weight at step 0 ... steps - 1: alpha throughout, or on a straight line from alpha at the first to alpha_end at the last."""
+    return alpha if alpha_end is None else alpha + (alpha_end - alpha) * step / max(1, steps - 1)

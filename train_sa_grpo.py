@@ -1,7 +1,7 @@
 """SA-GRPO: group-relative policy optimisation with self-aligned reward (arXiv 2509.05489), the whole algorithm in one file.
 
     python train_sa_grpo.py                                  # the embedded model on two CPU cores, a few minutes
-    python train_sa_grpo.py --reward vr                      # plain GRPO: the same without R_SA
+    python train_sa_grpo.py --reward vr                      # plain GRPO: the same without R_SA; more rivals in --help
     python train_sa_grpo.py --model qwen-1.5b                # the paper's settings
     python train_sa_grpo.py --run NAME --resume              # go on after a stop or a kill
 
@@ -27,7 +27,7 @@ from data.tokenizer import Tokenizer
 from evaluate import comparison_table, evaluate
 from model import GPT
 from rollout import generate
-from sar import answer_hidden, answer_logprobs, fused_logprob, micro_batches, perplexity, self_aligned_reward
+from sar import alpha_at, answer_hidden, answer_logprobs, fused_logprob, micro_batches, perplexity, self_aligned_reward, total_reward
 from verify import STATUSES, judge
 
 CLIP, DUAL_CLIP, WEIGHT_DECAY, MAX_GRAD_NORM = 0.2, 3.0, 0.01, 1.0  # the paper's public code
@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     # ---- the loop ----
     if args.eval_every and run.step == 0:
         evaluate_now(0)
-    bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, desc="SA-GRPO" if args.reward == "sar" else "GRPO")
+    title = "SA-GRPO" if args.reward == "sar" else f"GRPO ({args.reward})"
+    bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, desc=title)
     for step in bar:
         # 1. sample: n answers to each question
         began = time.perf_counter()
@@ -115,12 +116,14 @@ def main(argv: list[str] | None = None) -> None:
             if reference:
                 start_logprobs = answer_logprobs(reference, contexts, answers, micro_tokens=args.micro_tokens)
 
-        # 3. reward: R = R_VR + alpha R_SA, and the advantage within each group
+        # 3. reward: R = R_VR + alpha R_SA, or one of its rivals; the advantage within each group
         texts = [tokenizer.decode(r.tokens[:-1] if r.finished else r.tokens) for r in rollouts]
         verdicts = [judge(text, problems[chosen[r.prompt]].answer, args.verifier) for text, r in zip(texts, rollouts)]
         r_vr = torch.tensor([v.reward for v in verdicts], dtype=torch.float64)  # (N,)
         r_sa = self_aligned_reward(old_logprobs, alone_logprobs)  # (N,)
-        rewards = r_vr + args.alpha * r_sa if args.reward == "sar" else r_vr
+        lengths = torch.tensor([len(a) for a in answers])  # (N,)
+        alpha = alpha_at(step, args.steps, args.alpha, args.alpha_end)
+        rewards = total_reward(args.reward, r_vr, r_sa, old_logprobs, lengths, alpha=alpha, n=args.n)  # (N,)
         advantages = group_advantages(rewards.view(-1, args.n))  # (P, n)
         ppl_query = [perplexity(lp).item() for lp in old_logprobs]
         ppl_alone = [perplexity(lp).item() for lp in alone_logprobs]
@@ -172,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         updated = time.perf_counter()
 
         # 5. write down everything
-        lengths = torch.tensor([len(a) for a in answers], dtype=torch.float64)
+        lengths = lengths.double()
         mismatch = torch.cat([torch.tensor(r.logprobs) - old for r, old in zip(rollouts, old_logprobs)]).abs()
         groups_vr, groups_sa = r_vr.view(-1, args.n), r_sa.view(-1, args.n)
         metrics = {

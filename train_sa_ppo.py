@@ -1,7 +1,7 @@
 """SA-PPO: proximal policy optimisation with self-aligned reward (arXiv 2509.05489), the whole algorithm in one file.
 
     python train_sa_ppo.py                                   # the embedded model on two CPU cores, a few minutes
-    python train_sa_ppo.py --reward vr                       # plain PPO: the same without R_SA
+    python train_sa_ppo.py --reward vr                       # plain PPO: the same without R_SA; more rivals in --help
     python train_sa_ppo.py --model qwen-1.5b                 # the paper's settings
     python train_sa_ppo.py --run NAME --resume               # go on after a stop or a kill
 
@@ -28,7 +28,7 @@ from data.tokenizer import Tokenizer
 from evaluate import comparison_table, evaluate
 from model import GPT
 from rollout import generate
-from sar import answer_hidden, answer_logprobs, fused_logprob, micro_batches, perplexity, self_aligned_reward
+from sar import alpha_at, answer_hidden, answer_logprobs, fused_logprob, micro_batches, perplexity, self_aligned_reward, total_reward
 from verify import STATUSES, judge
 
 CLIP, DUAL_CLIP, VALUE_CLIP, WEIGHT_DECAY, MAX_GRAD_NORM = 0.2, 3.0, 0.5, 0.01, 1.0  # the paper's public code
@@ -168,7 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     # ---- the loop ----
     if args.eval_every and run.step == 0:
         evaluate_now(0)
-    bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, desc="SA-PPO" if args.reward == "sar" else "PPO")
+    title = "SA-PPO" if args.reward == "sar" else f"PPO ({args.reward})"
+    bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, desc=title)
     for step in bar:
         # 1. sample: n answers to each question
         began = time.perf_counter()
@@ -189,13 +190,14 @@ def main(argv: list[str] | None = None) -> None:
                 start_logprobs = answer_logprobs(reference, contexts, answers, micro_tokens=args.micro_tokens)
             old_values = answer_values(critic, contexts, answers, args.micro_tokens)
 
-        # 3. reward: R = R_VR + alpha R_SA at the last token; advantages by GAE, whitened over the batch
+        # 3. reward: R = R_VR + alpha R_SA, or one of its rivals, at the last token; advantages by GAE, whitened over the batch
         texts = [tokenizer.decode(r.tokens[:-1] if r.finished else r.tokens) for r in rollouts]
         verdicts = [judge(text, problems[chosen[r.prompt]].answer, args.verifier) for text, r in zip(texts, rollouts)]
         r_vr = torch.tensor([v.reward for v in verdicts], dtype=torch.float64)  # (N,)
         r_sa = self_aligned_reward(old_logprobs, alone_logprobs)  # (N,)
-        rewards = r_vr + args.alpha * r_sa if args.reward == "sar" else r_vr
         lengths = torch.tensor([len(a) for a in answers])  # (N,)
+        alpha = alpha_at(step, args.steps, args.alpha, args.alpha_end)
+        rewards = total_reward(args.reward, r_vr, r_sa, old_logprobs, lengths, alpha=alpha, n=args.n)  # (N,)
         token_rewards = torch.zeros(len(answers), int(lengths.max()), dtype=torch.float64)  # (N, T)
         if args.kl_in_reward:
             token_rewards -= args.kl_coef * pad_sequence([o - s for o, s in zip(old_logprobs, start_logprobs)], batch_first=True)

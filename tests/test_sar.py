@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from sar import answer_hidden, answer_logprobs, fused_logprob, micro_batches, perplexity, self_aligned_reward
+from sar import (REWARDS, alpha_at, answer_hidden, answer_logprobs, fused_logprob, micro_batches, perplexity, self_aligned_reward,
+                 total_reward)
 
 
 def naive(hidden, unembedding, targets, temperature):
@@ -134,3 +135,80 @@ def test_no_gradient_flows_through_the_reward(model, prompts):
     assert not self_aligned_reward(lp, lp).requires_grad and not lp[0].requires_grad
     with_grad = [x.clone().requires_grad_() for x in lp]
     assert not self_aligned_reward(with_grad, with_grad).requires_grad
+
+
+# ---- the rivals, by hand ----
+
+VR = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]).double()  # two questions of four answers, three and none of them right
+SA = torch.tensor([0.5, -0.5, 0.25, 0.0, 1.0, -1.0, 0.0, 0.125]).double()
+LENGTHS = torch.tensor([10, 20, 30, 20, 5, 5, 5, 25])
+LOGPROBS = [torch.tensor([1.0, 1 / 4]).log(), torch.tensor([1 / 8]).log(), *[torch.tensor([1 / 2] * 3).log()] * 6]  # ppl 2, 8, 2, ...
+
+
+def reward(name, vr=VR, lengths=LENGTHS, alpha=0.2, n=4):
+    sa, logprobs = SA[:len(vr)], LOGPROBS[:len(vr)]
+    return total_reward(name, vr, sa, logprobs, lengths, alpha=alpha, n=n).tolist()
+
+
+def test_rewards_without_a_group_by_hand():
+    assert reward("vr") == VR.tolist()
+    assert reward("sar") == pytest.approx([1.1, -0.1, 1.05, 1.0, 0.2, -0.2, 0.0, 0.025])
+    assert reward("sar-only") == SA.tolist()
+    em = [-math.log(2), -math.log(8), *[-math.log(2)] * 6]
+    assert reward("em") == pytest.approx(em)
+    assert reward("vr+em") == pytest.approx([v + 0.2 * e for v, e in zip(VR.tolist(), em)])
+    assert reward("sar", alpha=0) == reward("vr")
+
+
+def test_o1_by_hand():
+    # mean 20: 20/10 - 1 = 1, 0, 20/30 - 1 = -1/3, 0; mean 10: 1, 1, 1, 10/25 - 1 = -0.6; right or wrong alike
+    assert reward("o1") == pytest.approx([1.2, 0.0, 1 - 0.2 / 3, 1.0, 0.2, 0.2, 0.2, -0.12])
+    # mean 26: 26/2 - 1 = 12 is held at 1, 26/50 - 1 = -0.48
+    assert reward("o1", vr=VR[:2], lengths=torch.tensor([2, 50]), alpha=1.0, n=2) == pytest.approx([2.0, -0.48])
+    assert reward("o1", lengths=torch.full((8,), 7)) == VR.tolist()  # ties
+
+
+def test_er_by_hand():
+    # the right ones of the first question are 10, 30, 20 long: mean 20, variance 200 / 3, z = -+10 / sqrt(200 / 3)
+    s = 1 / (1 + math.exp(-10 / math.sqrt(200 / 3)))
+    assert reward("er") == pytest.approx([1 + 0.2 * (2 * s - 1), 0.0, 1 - 0.2 * (2 * s - 1), 1.0, 0.0, 0.0, 0.0, 0.0])
+    assert reward("er", lengths=torch.full((8,), 7)) == VR.tolist()  # ties
+    assert reward("er", lengths=torch.tensor([9, 1, 9, 9, 1, 2, 3, 4])) == VR.tolist()  # ties among the right, others beside them
+    alone = torch.tensor([0.0, 1.0, 0.0, 0.0]).double()
+    assert reward("er", vr=alone, lengths=LENGTHS[:4]) == alone.tolist()  # one right answer has nothing to be compared with
+    assert reward("er", vr=torch.zeros(8).double()) == [0.0] * 8
+
+
+@pytest.mark.parametrize("name", ["o1", "er"])
+def test_group_rewards_equal_a_plain_loop(rng, name):
+    P, n, alpha = 6, 5, rng.random()
+    vr, lengths = torch.randint(2, (P * n,)).double(), torch.randint(1, 300, (P * n,))
+    want = []
+    for first in range(0, P * n, n):
+        group, right = lengths[first:first + n].tolist(), vr[first:first + n].tolist()
+        for length, correct in zip(group, right):
+            among = [x for x, c in zip(group, right) if c] if name == "er" else group
+            mean = sum(among) / max(1, len(among))
+            spread = math.sqrt(sum((x - mean) ** 2 for x in among) / max(1, len(among)))
+            if name == "o1":
+                want.append(correct + alpha * max(-1, min(1, (mean - length) / length)))
+            else:
+                want.append(correct and 1 - alpha * math.tanh((length - mean) / spread / 2 if spread else 0))
+    got = total_reward(name, vr, torch.zeros(P * n), [torch.zeros(1)] * (P * n), lengths, alpha=alpha, n=n)
+    assert got.tolist() == pytest.approx(want, abs=1e-12)
+
+
+def test_rewards_that_cannot_be():
+    for name in ("o1", "er"):
+        with pytest.raises(ValueError, match=f"--reward {name} compares .* needs --n 2 or more, got 1"):
+            reward(name, n=1)
+    with pytest.raises(ValueError, match="no reward 'best': choose one of " + ", ".join(REWARDS).replace("+", r"\+")):
+        reward("best")
+    with pytest.raises(ValueError):  # an answer without tokens has no ppl(a|q): no best reward for saying nothing
+        total_reward("em", VR[:1], SA[:1], [torch.empty(0)], LENGTHS[:1], alpha=0.2, n=1)
+
+
+def test_alpha_schedule_by_hand():
+    assert [alpha_at(step, 5, 0.1, 0.5) for step in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert [alpha_at(step, 3, 0.4, 0.0) for step in range(3)] == pytest.approx([0.4, 0.2, 0.0])
+    assert alpha_at(7, 10, 0.2, None) == 0.2 and alpha_at(0, 1, 0.3, 0.1) == 0.3

@@ -197,6 +197,38 @@ def test_alpha_zero_is_plain_grpo_bit_for_bit(runs):
     assert_same_run(runs / "zero", runs / "vr", "step_000002")
 
 
+def test_rivals_train_from_the_command_line(runs):
+    """What sar.total_reward says of a whole run's answers is what they were paid; o1 is the one that needs every argument."""
+    train("--run", "o1", "--steps", 1, "--reward", "o1", "--alpha", 0.3)
+    answers = lines(runs / "o1" / "completions.jsonl")
+    for first in range(0, 16, 4):
+        group = answers[first:first + 4]
+        mean = sum(len(a["tokens"]) for a in group) / 4
+        assert all(a["reward"] == pytest.approx(a["r_vr"] + 0.3 * max(-1, min(1, mean / len(a["tokens"]) - 1))) for a in group)
+    for name in ("er", "em", "vr+em", "sar-only"):
+        train("--run", name, "--steps", 1, "--reward", name)
+        rewards = [(a["reward"], a["r_vr"], a["r_sa"], -math.log(a["ppl_query"])) for a in lines(runs / name / "completions.jsonl")]
+        for r, vr, sa, em in rewards:
+            want = {"er": r if vr and abs(r - 1) <= 0.2 else 0, "em": em, "vr+em": vr + 0.2 * em, "sar-only": sa}[name]
+            assert r == pytest.approx(want), name
+
+
+def test_an_alpha_schedule_is_resumed_where_it_was(runs):
+    flags = ["--alpha", 0, "--alpha-end", 0.6]
+    train("--run", "whole", "--steps", 4, *flags)
+    for a in lines(runs / "whole" / "completions.jsonl"):
+        assert a["reward"] == pytest.approx(a["r_vr"] + 0.2 * (a["step"] - 1) * a["r_sa"])
+    env = os.environ | {"SA_RUNS": str(runs), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run([sys.executable, "-c", KILL, "refresh", "4", *SMALL, "--run", "killed", "--steps", "4", *map(str, flags)], cwd=ROOT, env=env)
+    assert (runs / "killed" / "step_000002").exists() and not (runs / "killed" / "step_000004").exists()
+    train_sa_grpo.main(["--run", "killed", "--resume"])
+    assert_same_run(runs / "killed", runs / "whole")
+    with pytest.raises(ValueError, match="--steps was 4, now 6"):  # that would be another slope
+        train_sa_grpo.main(["--run", "whole", "--resume", "--steps", "6"])
+    with pytest.raises(ValueError, match="--alpha-end was 0.6, now 0.5"):
+        train_sa_grpo.main(["--run", "whole", "--resume", "--alpha-end", "0.5"])
+
+
 KILL = """
 import os, signal, sys, runtime, train_sa_grpo
 calls = 0
@@ -287,6 +319,8 @@ def test_impossible_settings(runs, capsys):
     assert "--lr must be positive" in fails(capsys, "--lr", 0)
     assert "--slots must be positive" in fails(capsys, "--slots", 0)
     assert "--alpha must be a number" in fails(capsys, "--alpha", "nan")
+    assert "--alpha-end must be a number" in fails(capsys, "--alpha-end", "inf")
+    assert "--reward er compares" in fails(capsys, "--n", 1, "--reward", "er")
     assert "--device nonsense is not here" in fails(capsys, "--device", "nonsense")
     assert "leaves no room for a prompt" in fails(capsys, "--max-new-tokens", 1024)
     assert "--resume needs --run" in fails(capsys, "--resume")

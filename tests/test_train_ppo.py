@@ -154,6 +154,7 @@ def test_killed_and_resumed_equals_undisturbed(runs):  # noqa: F811
 def test_impossible_settings(runs, capsys):  # noqa: F811
     for argv, words in ((["--lam", "2"], "--lam must lie between"), (["--critic-lr", "0"], "--critic-lr must be positive"),
                         (["--minibatch", "16"], "larger than --prompts-per-step"),
+                        (["--reward", "o1"], "--reward o1 compares the answers to one question: it needs --n 2 or more"),
                         (["--kl-in-reward"], "--kl-in-reward needs a --kl-coef")):
         with pytest.raises(SystemExit) as stop, runtime.user_errors():
             train(*argv)
