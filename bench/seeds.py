@@ -12,42 +12,69 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from statistics import mean, stdev
 
+from tqdm import tqdm
+
 from evaluate import aes
-from runtime import HERE, RUNS
+from runtime import HERE, RUNS, user_errors
 
 REWARDS = ("vr", "sar")
 
 
-def run_one(algorithm: str, reward: str, seed: int, flags: list[str]) -> None:
-    folder = RUNS / f"seeds-{algorithm}-{reward}-s{seed}"
-    command = [sys.executable, f"train_sa_{algorithm}.py", "--run", folder.name]
-    command += ["--resume"] if (folder / "config.json").exists() else ["--reward", reward, "--seed", str(seed), *flags]
-    with open(RUNS / f"{folder.name}.log", "a") as log:
-        subprocess.run(command, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True)
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def results(algorithm: str, reward: str, seeds: int) -> tuple[list[dict], list[dict]]:
+def run_one(algorithm: str, name: str, flags: list[str]) -> None:
+    """runs/NAME, begun, or resumed, or left alone where it is finished."""
+    command = [sys.executable, f"train_sa_{algorithm}.py", "--run", name]
+    if (RUNS / name / "config.json").exists():
+        steps = json.loads((RUNS / name / "config.json").read_text())["settings"]["steps"]
+        if (RUNS / name / f"step_{steps:06d}" / "state.json").exists():
+            return
+        command.append("--resume")
+    else:
+        command += flags
+    with open(RUNS / f"{name}.log", "a") as log:
+        code = subprocess.run(command, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log).returncode
+    if code:
+        raise ValueError(f"run {name} ended with status {code}: see {RUNS / f'{name}.log'}")
+
+
+def run_all(runs: list[tuple[str, str, list[str]]], jobs: int) -> None:
+    """Every (algorithm, name, flags), `jobs` at a time. After a failure or Ctrl-C none is begun any more."""
+    RUNS.mkdir(exist_ok=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(run_one, *run) for run in runs]
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc="runs", smoothing=0):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def results(names: list[str]) -> tuple[list[dict], list[dict]]:
     """The first and the last evaluation of every run that is there."""
-    paths = [RUNS / f"seeds-{algorithm}-{reward}-s{seed}" / "evals.jsonl" for seed in range(seeds)]
-    evals = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths if path.exists()]
-    return [e[0] for e in evals if e], [e[-1] for e in evals if e]
+    evals = [e for e in (lines(RUNS / name / "evals.jsonl") for name in names) if e]
+    return [e[0] for e in evals], [e[-1] for e in evals]
 
 
 def spread(values: list[float], form: str) -> str:
-    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{mean(values):{form}} ± {error:{form}}"
+    error = f" ± {stdev(values) / len(values) ** 0.5:{form}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{error}"
 
 
 def table(algorithm: str, seeds: int) -> str:
     lines = ["| | accuracy (%) | mean tokens | AES | seeds |", "|---|---|---|---|---|"]
-    ends = {reward: results(algorithm, reward, seeds)[1] for reward in REWARDS}
+    names = {reward: [f"seeds-{algorithm}-{reward}-s{seed}" for seed in range(seeds)] for reward in REWARDS}
+    ends = {reward: results(names[reward])[1] for reward in REWARDS}
     steps = {r["step"] for last in ends.values() for r in last}
     if len(steps) != 1 or not all(ends.values()):
-        sys.exit(f"error: the runs end at different steps ({sorted(steps)}) or are not there: finish them without --table")
-    base = results(algorithm, "sar", seeds)[0][0]
+        raise ValueError(f"the runs end at different steps ({sorted(steps)}) or are not there: finish them without --table")
+    base = results(names["sar"])[0][0]
     lines.append(f"| base | {100 * base['accuracy']:.1f} | {base['length']:.1f} | | |")
     for reward, name in zip(REWARDS, (algorithm.upper(), f"SA-{algorithm.upper()}")):
         last = ends[reward]
@@ -63,13 +90,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--table", action="store_true", help="train nothing")
     args, flags = parser.parse_known_args()
-    RUNS.mkdir(exist_ok=True)
     if not args.table:
-        jobs = [(args.algorithm, reward, seed, flags) for seed in range(args.seeds) for reward in REWARDS]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda job: run_one(*job), jobs))
+        run_all([(args.algorithm, f"seeds-{args.algorithm}-{reward}-s{seed}", ["--reward", reward, "--seed", str(seed), *flags])
+                 for seed in range(args.seeds) for reward in REWARDS], args.jobs)
     print(table(args.algorithm, args.seeds))
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

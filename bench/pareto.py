@@ -1,0 +1,152 @@
+"""The third claim, in small: accuracy against length of SA-GRPO at several alpha and of its rivals, from the same base.
+
+    python -m bench.pareto                # three seeds of eleven rewards, 100 steps each: 75 minutes on two quiet cores
+    python -m bench.pareto --draw         # table and figures of what is there; trains nothing
+    python -m bench.pareto --quick        # one seed, a few small steps: shows that everything runs, and nothing else
+
+Runs are runs/pareto-{reward}-s{0,1,2}, one thread each and as many at a time as there are cores; finished ones are kept and
+unfinished ones resumed. Table and figures go to --out: pareto.md, pareto.svg (accuracy against length) and pareto-curves.svg
+(accuracy, length, R_SA, entropy and KL against the step). Further flags go to the training script of runs that are begun.
+"""
+import argparse
+import os
+from pathlib import Path
+from statistics import mean, stdev
+
+from bench.seeds import lines, results, run_all, spread
+from evaluate import aes
+from runtime import RUNS, user_errors
+
+STUDY = {  # name: flags of train_sa_grpo.py
+    "GRPO": ["--reward", "vr"],
+    "SAR 0.05": ["--reward", "sar", "--alpha", "0.05"],
+    "SAR 0.1": ["--reward", "sar", "--alpha", "0.1"],
+    "SAR 0.2": ["--reward", "sar", "--alpha", "0.2"],
+    "SAR 0.3": ["--reward", "sar", "--alpha", "0.3"],
+    "SAR 0 to 0.4": ["--reward", "sar", "--alpha", "0", "--alpha-end", "0.4"],  # 0.2 on average
+    "SAR alone": ["--reward", "sar-only"],
+    "EM": ["--reward", "em"],
+    "GRPO + EM": ["--reward", "vr+em"],
+    "O1": ["--reward", "o1"],
+    "ER": ["--reward", "er"]}
+SIZE = ["--steps", "100", "--eval-every", "100"]
+QUICK = ["--steps", "3", "--eval-every", "3", "--prompts-per-step", "4", "--n", "4", "--max-new-tokens", "40"]
+# Okabe and Ito's colours, which the colour-blind tell apart; marker and dashes say the same in black and white
+LOOK = {"base": ("black", "*", "-"), "GRPO": ("black", "s", "-"), "SAR": ("#0072B2", "o", "-"), "SAR 0 to 0.4": ("#56B4E9", "D", "--"),
+        "SAR alone": ("#CC79A7", "v", ":"), "EM": ("#E69F00", "^", ":"), "GRPO + EM": ("#E69F00", "P", "-."), "O1": ("#009E73", "X", "--"),
+        "ER": ("#D55E00", "d", "-.")}
+
+
+def run_names(name: str, seeds: int, quick: bool) -> list[str]:
+    slug = name.lower().replace(" + ", "+").replace(" ", "-")
+    return [f"pareto-{'quick-' if quick else ''}{slug}-s{seed}" for seed in range(seeds)]
+
+
+def collect(seeds: int, quick: bool) -> tuple[dict, dict[str, list[dict]]]:
+    """The base's evaluation, and of each reward those at the end of its finished runs."""
+    ends, base = {}, None
+    for name in STUDY:
+        first, last = results(run_names(name, seeds, quick))
+        ends[name] = [e for e in last if e["step"] > 0]
+        base = base or (first[0] if first else None)
+    steps = {e["step"] for last in ends.values() for e in last}
+    if len(steps) != 1:
+        raise ValueError(f"the runs of the study end at different steps ({sorted(steps)}) or none is finished: leave --draw out")
+    return base, {name: last for name, last in ends.items() if last}
+
+
+def table(base: dict, ends: dict[str, list[dict]]) -> str:
+    rows = ["| reward | accuracy (%) | mean tokens | AES | seeds |", "|---|---|---|---|---|",
+            f"| base | {100 * base['accuracy']:.1f} | {base['length']:.1f} | | |"]
+    for name, last in ends.items():
+        rows.append(f"| {name} | {spread([100 * e['accuracy'] for e in last], '.1f')} | {spread([e['length'] for e in last], '.1f')} | "
+                    f"{spread([aes(e, base) for e in last], '.2f')} | {len(last)} |")
+    step = next(iter(ends.values()))[0]["step"]
+    return "\n".join(rows + [f"\nAfter {step} steps; {base['problems']} held-out problems, greedy; mean ± standard error."])
+
+
+def pareto_front(points: dict[str, tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (length, accuracy) points that no other one beats in both, from the shortest to the most accurate."""
+    front: list[tuple[float, float]] = []
+    for length, accuracy in sorted(points.values(), key=lambda p: (p[0], -p[1])):
+        if not front or accuracy > front[-1][1]:
+            front.append((length, accuracy))
+    return front
+
+
+def draw_pareto(plt, base: dict, ends: dict[str, list[dict]], path: Path) -> None:
+    def error(values: list[float]) -> float:
+        return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    points = {"base": (base["length"], 100 * base["accuracy"])}
+    points |= {name: (mean(e["length"] for e in last), 100 * mean(e["accuracy"] for e in last)) for name, last in ends.items()}
+    front = pareto_front(points)
+    right_edge = max(x for x, _ in points.values())
+    axes.step(*zip(*front, (right_edge, front[-1][1])), where="post", color="0.8", lw=4, zorder=0, label="Pareto front")
+    sweep = [name for name in points if name.removeprefix("SAR ").replace(".", "").isdigit()]
+    axes.plot(*zip(*(points[name] for name in sweep)), color=LOOK["SAR"][0], lw=1, zorder=1)
+    for name, (x, y) in points.items():
+        colour, marker, _ = LOOK["SAR" if name in sweep else name]
+        last = ends.get(name, [])
+        axes.errorbar(x, y, xerr=error([e["length"] for e in last]), yerr=100 * error([e["accuracy"] for e in last]), color=colour,
+                      marker=marker, ms=11 if name == "base" else 7, capsize=3, lw=1, ls="none",
+                      label=("SAR, several alpha" if name == sweep[0] else None) if name in sweep else name)
+        if name in sweep:
+            axes.annotate(name.removeprefix("SAR "), (x, y), xytext=(5, 5), textcoords="offset points", color=colour, fontsize=9)
+    axes.set(xlabel="mean answer length (tokens)", ylabel="accuracy (%), greedy, held-out problems")
+    axes.grid(color="0.92")
+    axes.legend(fontsize=8, loc="lower right", frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def draw_curves(plt, names: dict[str, list[str]], path: Path) -> None:
+    """A panel per quantity, a line per reward: the mean over its seeds, then over five steps."""
+    panels = {"accuracy": "accuracy (sampled)", "length_mean": "mean tokens (sampled)", "r_sa_mean": "R_SA", "entropy": "entropy (nats)",
+              "kl": "KL to the base (nats)"}
+    figure, axes = plt.subplots(2, 3, figsize=(10, 5.6), layout="constrained")
+    for panel, (key, title) in zip(axes.flat, panels.items()):
+        for name, runs in names.items():
+            logs = [log for log in (lines(RUNS / run / "metrics.jsonl") for run in runs) if log]
+            average = [mean(rows[key] for rows in step) for step in zip(*logs)]
+            smooth = [mean(average[max(0, i - 4):i + 1]) for i in range(len(average))]
+            colour, _, dashes = LOOK["SAR" if name == "SAR 0.2" else name]
+            panel.plot(range(1, len(smooth) + 1), smooth, color=colour, ls=dashes, lw=1.4, label=name)
+        panel.set(title=title, xlabel="step")
+        panel.grid(color="0.92")
+    axes.flat[-1].axis("off")
+    axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), loc="center", frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=RUNS, help="where table and figures go (default: the folder of the runs)")
+    parser.add_argument("--draw", action="store_true", help="train nothing")
+    parser.add_argument("--quick", action="store_true")
+    args, flags = parser.parse_known_args()
+    try:  # before an hour of training
+        import matplotlib
+    except ModuleNotFoundError:
+        raise ValueError("the figures need matplotlib: pip install -r requirements-dev.txt") from None
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "pareto"  # the same runs give the same file
+    import matplotlib.pyplot as plt
+    seeds = 1 if args.quick else args.seeds
+    if not args.draw:
+        size = QUICK if args.quick else SIZE
+        run_all([("grpo", run_names(name, seeds, args.quick)[seed], [*STUDY[name], *size, "--seed", str(seed), *flags])
+                 for seed in range(seeds) for name in STUDY], args.jobs)  # all rewards of a seed before the next seed
+    base, ends = collect(seeds, args.quick)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "pareto.md").write_text(table(base, ends) + "\n")
+    draw_pareto(plt, base, ends, args.out / "pareto.svg")
+    shown = {name: run_names(name, seeds, args.quick) for name in ends if name in LOOK or name == "SAR 0.2"}
+    draw_curves(plt, shown, args.out / "pareto-curves.svg")
+    print(table(base, ends) + f"\n\n{args.out}: pareto.md, pareto.svg, pareto-curves.svg")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()
