@@ -142,9 +142,7 @@ def parse(parser: argparse.ArgumentParser, algorithm: str, argv: list[str] | Non
     del args._pairs
     if args.minibatch is None:
         args.minibatch = args.prompts_per_step if args.prompts_per_step % 2 else args.prompts_per_step // 2
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if args.device not in ("cpu", *gpus, *["cuda"] * bool(gpus)):
-        raise ValueError(f"--device {args.device} is not here: there is cpu" + "".join(f", {gpu}" for gpu in gpus))
+    check_device(args.device)
     args.micro_tokens = args.micro_tokens or (8192 if args.model == "tiny" or args.device.startswith("cuda") else 512)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     positive = ("steps", "prompts_per_step", "n", "minibatch", "epochs", "lr", "max_prompt_tokens", "max_new_tokens",
@@ -171,10 +169,18 @@ def parse(parser: argparse.ArgumentParser, algorithm: str, argv: list[str] | Non
     return args
 
 
+def check_device(device: str) -> None:
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if device not in ("cpu", *gpus, *["cuda"] * bool(gpus)):
+        raise ValueError(f"--device {device} is not here: there is cpu" + "".join(f", {gpu}" for gpu in gpus))
+
+
 def absolute_paths(args: argparse.Namespace) -> argparse.Namespace:
-    """--model and --data as they stay true in another working directory; names stay names."""
-    if args.model != "tiny" and Path(args.model).is_dir():
-        args.model = str(Path(args.model).resolve())
+    """--model, --against and --data as they stay true in another working directory; names stay names."""
+    for flag in ("model", "against"):
+        name = getattr(args, flag, None)
+        if name and name != "tiny" and Path(name).is_dir():
+            setattr(args, flag, str(Path(name).resolve()))
     if args.data:
         args.data = ",".join(str(Path(name).resolve()) if Path(name).is_file() else name for name in args.data.split(","))
     return args
@@ -329,6 +335,15 @@ def git_commit() -> str:
     return answer.stdout.strip() or "unknown"
 
 
+def provenance(device: str) -> dict:
+    """What a run is made with: the commit, versions, machine, threads."""
+    versions = {name: version(name) for name in ("torch", "numpy", "tiktoken", "safetensors")}
+    versions |= {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
+    if device.startswith("cuda"):
+        versions["gpu"] = torch.cuda.get_device_name(device)
+    return {"git_commit": git_commit(), "versions": versions}
+
+
 class Run:
     """runs/NAME: config.json, metrics.jsonl (a line a step), completions.jsonl (a line an answer), evals.jsonl, step_000100/.
 
@@ -371,17 +386,13 @@ class Run:
             raise ValueError(f"{self.folder} has {free / 1e9:.2f} GB free, but a checkpoint takes {checkpoint_bytes / 1e9:.2f} GB: "
                              "free some space, or let runs/ be a link to a larger disk")
         self.logs = {name: open(self.folder / name, "a", encoding="utf-8") for name in self.LOGS}
-        versions = {name: version(name) for name in ("torch", "numpy", "tiktoken", "safetensors")}
-        versions |= {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
-        if args.device.startswith("cuda"):
-            versions["gpu"] = torch.cuda.get_device_name(args.device)
-        here = {"git_commit": git_commit(), "versions": versions}
+        here = provenance(args.device)
         config = {"algorithm": algorithm, "settings": vars(args) | {"resume": False}, **here}
         if args.resume:  # what it began with stays, what it goes on with is added
             before = read_json(self.folder / "config.json")
-            if before["versions"]["threads"] != versions["threads"]:
-                print(f"note: the run began with {before['versions']['threads']} threads and goes on with {versions['threads']}: the last "
-                      "bits of its sums will differ (OMP_NUM_THREADS)", file=sys.stderr)
+            if before["versions"]["threads"] != here["versions"]["threads"]:
+                print(f"note: the run began with {before['versions']['threads']} threads and goes on with {here['versions']['threads']}: "
+                      "the last bits of its sums will differ (OMP_NUM_THREADS)", file=sys.stderr)
             config = before | {"settings": config["settings"], "resumes": [*before.get("resumes", []), {"step": self.step, **here}]}
         write_atomically(self.folder / "config.json", json.dumps(config, indent=2))
         for number in (signal.SIGINT, signal.SIGTERM):
