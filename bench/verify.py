@@ -7,6 +7,9 @@ repeats (the machine is never quiet); the median and 99th percentile are over th
 the form it understands best ($...$ and \\boxed{...} are both tried, the better one counts), with its own time limits
 switched off, so that they cost it nothing. The labels follow the policy in verify.py, which was not written for
 math-verify. Prints a Markdown table.
+
+Then, where the published files are beside the pairs: of how many of their reference solutions does ours say that they end in
+the reference answer, and which are the others?
 """
 
 import argparse
@@ -21,7 +24,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from verify import is_equivalent
+from verify import is_equivalent, judge
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,6 +61,19 @@ def math_verify_with(wrap: str):
         gold, answer = (parse(wrap % text, parsing_timeout=None) for text in (reference, prediction))
         return verify(gold, answer, timeout_seconds=None)
     return equivalent
+
+
+def gold_solutions(folder: Path) -> None:
+    """Print the share of published reference solutions whose verdict is "correct", and the rest."""
+    for name in ("gsm8k_train", "gsm8k_test", "math500_test"):
+        lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        missed = []
+        for number, row in enumerate(map(json.loads, lines), 1):
+            solution, answer = row.get("solution", row["answer"]), row["answer"].rpartition("####")[2].strip()
+            verdict = judge(solution, answer)
+            if verdict.reward != 1:
+                missed.append(f"line {number}: {verdict.answer!r} ({verdict.status}) where the reference is {answer!r}")
+        print(f"{name}: {len(lines) - len(missed)} of {len(lines)} ({1 - len(missed) / len(lines):.2%})", *missed, sep="\n    ")
 
 
 def machine() -> str:
@@ -99,6 +115,9 @@ def main():
     if peer:
         ratio = statistics.median(rows[1][2]) / statistics.median(rows[0][2])
         print(f"\nMedian verdict: {ratio:,.0f} times faster than math-verify.")
+    if (raw := shared / "data" / "raw").is_dir():
+        print("\nReference solutions that verify:")
+        gold_solutions(raw)
 
 
 if __name__ == "__main__":

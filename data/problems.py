@@ -60,15 +60,15 @@ def load_problems(name_or_path: str, split: str = "train") -> list[Problem]:
         parquet_reader()  # before gigabytes are fetched that cannot be read
         return numina_problems([published(file) for file in NUMINA], split)
     if name == "logicbench":
-        return [problem for axiom in LOGICBENCH
-                for problem in logicbench_problems(published(f"logicbench/MCQA/{axiom}/data_instances.json"))]
+        return cut(name, "", [problem for axiom in LOGICBENCH
+                              for problem in logicbench_problems(published(f"logicbench/MCQA/{axiom}/data_instances.json"))])
     if name == "prontoqa":
-        return prontoqa_problems(published("prontoqa_dev.json"))
+        return cut(name, "", prontoqa_problems(published("prontoqa_dev.json")))
     if name in JSONL_SETS:
         problems = read_jsonl(published(JSONL_SETS[name]))
         if name == "aime24":  # published with three digits, as 033
             problems = [Problem(p.question, p.answer.lstrip("0") or "0") for p in problems]
-        return problems
+        return cut(name, "", problems)
     raise FileNotFoundError(f"data {name!r} is neither a file nor one of the names {', '.join(NAMES)}")
 
 
@@ -251,7 +251,7 @@ def cut(name: str, split: str, problems: list[Problem], how: str = "") -> list[P
         kept = random.Random(SEED).sample(problems, MAX_PER_SOURCE)
     if os.environ.get("RANK", "0") == "0":
         drawn = f", {len(kept)} drawn with seed {SEED}" if len(kept) < len(problems) else ""
-        print(f"{name} {split}: {len(kept)} problems" + (f" ({how}{drawn})" if how or drawn else ""), file=sys.stderr)
+        print(f"{name} {split}".strip() + f": {len(kept)} problems" + (f" ({how}{drawn})" if how or drawn else ""), file=sys.stderr)
     return kept
 
 

@@ -414,13 +414,18 @@ def test_hub_addresses_follow_the_endpoint(place, monkeypatch):
 
 
 @pytest.mark.skipif(not SHARED, reason="SA_SHARED does not name the folder with the published files")
-def test_the_published_files(monkeypatch):
+def test_the_published_files(monkeypatch, capsys):
     monkeypatch.setenv("SA_DATA", f"{SHARED}/data/raw")
     sets = {name: load_problems(name, "test") for name in
             ("gsm8k-train", "gsm8k", "math500", "gsm-symbolic-p2", "aime24", "amc23", "logicbench", "prontoqa")}
     assert {name: len(found) for name, found in sets.items()} == {
         "gsm8k-train": 7473, "gsm8k": 1319, "math500": 500, "gsm-symbolic-p2": 2500, "aime24": 30, "amc23": 40,
         "logicbench": 500, "prontoqa": 500}
+    said = capsys.readouterr().err
+    print(said)
+    assert said.splitlines() == ["gsm8k train: 7473 problems", "gsm8k test: 1319 problems", "math500: 500 problems",
+                                 "gsm-symbolic-p2: 2500 problems", "aime24: 30 problems", "amc23: 40 problems",
+                                 "logicbench: 500 problems", "prontoqa: 500 problems"]
     for name, found in sets.items():
         for problem in found:
             assert problem.question == problem.question.strip() and problem.answer and "####" not in problem.answer

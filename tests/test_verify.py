@@ -96,6 +96,7 @@ def test_extraction_shared():
         accepted = [answer, *case.get("also", [])]
         if extracted not in accepted and (None in (answer, extracted) or not is_equivalent(extracted, answer)):
             wrong.append((case["why"], extracted))
+    print(f"{len(cases) - len(wrong)} of {len(cases)} extracted; not: {wrong}")
     assert len(wrong) <= 0.03 * len(cases), wrong
 
 
@@ -364,13 +365,14 @@ def test_random_regions(rng):
 @needs_shared
 def test_pairs_shared():
     """Every labelled pair, symmetric, and every answer equal to itself."""
-    wrong = []
-    for pair in read_jsonl(SHARED / "verify" / "pairs.jsonl"):
+    wrong, pairs = [], read_jsonl(SHARED / "verify" / "pairs.jsonl")
+    for pair in pairs:
         a, b = pair["prediction"], pair["reference"]
         assert is_equivalent(b, b) and (is_equivalent(a, a) or not a.strip())
         assert is_equivalent(a, b) is is_equivalent(b, a)
         if is_equivalent(a, b) is not pair["equal"]:
             wrong.append((a, b, pair["why"]))
+    print(f"{len(pairs) - len(wrong)} of {len(pairs)} as labelled; not: {wrong}")
     assert not wrong
 
 
@@ -536,17 +538,21 @@ def check_hostile(text: str):
 
 def test_hostile(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    slowest = 0.0
     for text in hostile_texts():
         check_hostile(text)
-        assert cpu_seconds(judge, text, "17") < 0.020, text[:50]
-        assert cpu_seconds(is_equivalent, text, text[:900] + "+0") < 0.020, text[:50]
+        seconds = max(cpu_seconds(judge, text, "17"), cpu_seconds(is_equivalent, text, text[:900] + "+0"))
+        assert seconds < 0.020, text[:50]
+        slowest = max(slowest, seconds)
+    print(f"{len(hostile_texts())} texts, the slowest verdict {slowest * 1000:.1f} ms")
     assert not list(tmp_path.iterdir())             # nothing was executed or written
 
 
 @needs_shared
 def test_hostile_shared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for case in read_jsonl(SHARED / "verify" / "hostile.jsonl"):
+    slowest, cases = 0.0, read_jsonl(SHARED / "verify" / "hostile.jsonl")
+    for case in cases:
         text = case.get("text")
         if text is None:
             text = case.get("prefix", "") + case["repeat"] * case["times"] + case.get("middle", "")
@@ -556,12 +562,16 @@ def test_hostile_shared(tmp_path, monkeypatch):
         assert is_equivalent(text, "5") is False and is_equivalent("5", text) is False, case["note"]
         assert isinstance(is_equivalent(text, text), bool) and isinstance(extract_answer(text), str | None)
         assert judge(text, "5").reward == 0.0 and judge(text, "5").status != "error", case["note"]
-        assert cpu_seconds(judge, text, "5") < 0.020 * max(1, len(text) / 100_000), case["note"]
+        seconds = cpu_seconds(judge, text, "5") / max(1, len(text) / 100_000)
+        assert seconds < 0.020, case["note"]
+        slowest = max(slowest, seconds)
+    print(f"{len(cases)} cases, the slowest verdict {slowest * 1000:.1f} ms (per 100 kB where a text is longer)")
     assert not list(tmp_path.iterdir())
 
 
 def test_memory():
     """One verdict on a response of 100 kB takes less than 10 MB."""
+    most = 0
     for text in hostile_texts():
         if len(text) > 50_000:
             tracemalloc.start()
@@ -570,6 +580,8 @@ def test_memory():
             _, peak = tracemalloc.get_traced_memory()
             tracemalloc.stop()
             assert peak < 10e6, (text[:50], peak)
+            most = max(most, peak)
+    print(f"most memory {most / 1e6:.1f} MB")
 
 
 FRAGMENTS = r"""\frac \sqrt \sqrt[3] { } { } ( ) [ ] \{ \} ^ _ ^2 ^{ \sin \cos^2 \ln \log_2 \arctan \arcsin \pm \mp , ;
@@ -601,6 +613,7 @@ def test_fuzz():
     rng = random.Random(20240)
     answers = [member for line in table(EQUAL, "===") + table(DIFFERENT, "=/=") for member in line]
     responses = [response for response, _ in EXTRACT + GAMES if response.strip()]
+    slowest = 0.0
     for k in range(50_000):
         reference = rng.choice(answers)
         text = mutated(rng.choice(responses if k % 2 else answers), answers, rng)
@@ -610,12 +623,16 @@ def test_fuzz():
             text *= 100_000 // len(text)
         start = time.process_time()
         status = judge(text, reference).status
-        if time.process_time() - start > 0.020:     # once may be the machine's fault
-            assert cpu_seconds(judge, text, reference) < 0.020, (text[:200], reference)
+        seconds = time.process_time() - start
+        if seconds > 0.020:                         # once may be the machine's fault
+            seconds = cpu_seconds(judge, text, reference)
+            assert seconds < 0.020, (text[:200], reference)
+        slowest = max(slowest, seconds)
         assert status in ("correct", "wrong", "no_answer", "unparsed"), (text, reference)
         if k % 10 == 0:
             assert is_equivalent(text, reference) is is_equivalent(reference, text), (text, reference)
             assert is_equivalent(text, text) is bool(text.strip())
+    print(f"50,000 texts, the slowest verdict {slowest * 1000:.1f} ms")
 
 
 # ----------------------------------------------------------------------------------------------- published problems
