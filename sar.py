@@ -6,7 +6,15 @@
 An answer that its question makes likelier than it is on its own scores high. Text that any answer could hold (filler,
 repetition, re-checking) is about as likely with the question as without it and pulls R_SA towards zero; so does an answer
 that the question does not lead to. With v(a_j) = log P(a_j | q, a_<j) - log P(a_j | a_<j), R_SA = 1 - exp(-mean_j v(a_j)).
+
+    python sar.py --question "Tom has 3 cups. ..." --answer "3 + 4 = 7"      # v of every token, in colours; --html FILE for a page
+    python sar.py --model NAME_OR_FOLDER --completions runs/NAME/completions.jsonl --line 7
 """
+import argparse
+import html
+import json
+import sys
+
 import torch
 from torch import Tensor
 
@@ -243,3 +251,101 @@ def total_reward(name: str, r_vr: Tensor, r_sa: Tensor, given_query: list[Tensor
 def alpha_at(step: int, steps: int, alpha: float, alpha_end: float | None) -> float:
     """The weight at step 0 ... steps - 1: alpha throughout, or on a straight line from alpha at the first to alpha_end at the last."""
     return alpha if alpha_end is None else alpha + (alpha_end - alpha) * step / max(1, steps - 1)
+
+
+# ---- the token view ----
+
+
+def token_values(given_query: Tensor, alone: Tensor) -> Tensor:
+    """v(a_j) = log P(a_j | q, a_<j) - log P(a_j | a_<j), (L,) in nats: what the question says about each token of one answer.
+    R_SA = 1 - exp(-mean_j v(a_j)), held at -1."""
+    return given_query.double() - alone.double()
+
+
+def shade(value: float) -> tuple[int, int, int]:
+    """Red, green, blue: white at 0 nats, orange towards +6, blue towards -6 (which the colour-blind tell apart)."""
+    end = (240, 130, 0) if value > 0 else (90, 160, 255)
+    return tuple(round(255 + (e - 255) * min(1.0, abs(value) / 6)) for e in end)
+
+
+def visible(piece: str) -> str:
+    """Text that moves no cursor and sets no colour: what a model wrote is printed as it is only where it is printable."""
+    return "".join("↵" if c == "\n" else c if c.isprintable() else f"\\x{ord(c):02x}" for c in piece)
+
+
+def html_page(question: str, pieces: list[str], values: list[float], summary: str) -> str:
+    """One page without scripts or outside files; v of a token shows when the pointer rests on it."""
+    spans = "".join(f'<span style="background:rgb{shade(v)}" title="{v:+.2f}">{html.escape(visible(p))}</span>' + "<br>" * p.count("\n")
+                    for p, v in zip(pieces, values))
+    style = "font:16px/1.6 monospace;max-width:60em;white-space:pre-wrap"
+    return (f'<!doctype html><meta charset="utf-8"><title>v(a_j)</title><body style="{style}">\n<p>{html.escape(question)}</p>\n'
+            f"<p>{spans}</p>\n<p>{html.escape(summary)}</p>\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    from data.hub import find_model
+    from data.prompts import bare_prompt, encode_prompt
+    from data.tokenizer import Tokenizer
+    from model import GPT
+    parser = argparse.ArgumentParser(description="What the question says about each token of an answer, v(a_j) in nats, and "
+                                     "the R_SA that these sum to.")
+    parser.add_argument("--model", default="tiny", help="a model folder or name (see train_sa_grpo.py)")
+    parser.add_argument("--question", help="with --answer")
+    parser.add_argument("--answer", help="its tokens are scored together with an end-of-text token")
+    parser.add_argument("--completions", help="a run's completions.jsonl, instead of --question and --answer")
+    parser.add_argument("--line", type=int, default=1, help="which of its answers, from 1 (default: 1)")
+    parser.add_argument("--alone", default="empty", choices=("empty", "bare"), help="the context of ppl(a) (default: empty)")
+    parser.add_argument("--html", help="also write a page to this file")
+    args = parser.parse_args(argv)
+    if bool(args.completions) == bool(args.question and args.answer):
+        raise ValueError("give --question and --answer, or --completions (with --line)")
+    folder = find_model(args.model)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    if args.completions:
+        question, answer = read_completion(args.completions, args.line)
+    else:
+        end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        question, answer = args.question, tokenizer.encode(args.answer, at_start=False) + end
+    model = GPT.from_pretrained(folder)
+    if not all(0 <= t < len(model.unembedding) for t in answer):
+        raise ValueError(f"{args.completions}, line {args.line}: a token is outside the vocabulary of {args.model}: name the run's model")
+    alone = bare_prompt(tokenizer) if args.alone == "bare" else encode_prompt(tokenizer, "")
+    scored = [answer_logprobs(model, [context], [answer])[0] for context in (encode_prompt(tokenizer, question), alone)]
+    values = token_values(*scored).tolist()
+    # a token that only begins a character has no text yet; special tokens have none at all
+    texts = ["", *[tokenizer.decode(answer[:j + 1]).rstrip("\ufffd") for j in range(len(answer))]]
+    pieces = [after[len(before):] or ("<end>" if t in tokenizer.stop_ids else "·") for before, after, t in zip(texts, texts[1:], answer)]
+    summary = (f"R_SA = {self_aligned_reward(*[[s] for s in scored]).item():.3f}     mean v = {sum(values) / len(values):.3f} nats over "
+               f"{len(answer)} tokens, ppl(a|q) = {perplexity(scored[0]):.2f}, ppl(a) = {perplexity(scored[1]):.2f}")
+    for piece, v, given, without in zip(pieces, values, *[s.tolist() for s in scored]):
+        print(f"{v:+8.2f} = {given:7.2f} - {without:7.2f}   {visible(piece)}")
+    print("\n" + visible(question))
+    for piece, v in zip(pieces, values):
+        coloured = "\x1b[38;2;0;0;0;48;2;{};{};{}m{}\x1b[0m".format(*shade(v), visible(piece)) if sys.stdout.isatty() else visible(piece)
+        print(coloured, end="\n" if "\n" in piece else "")
+    print("\n\n" + summary)
+    if args.html:
+        with open(args.html, "w", encoding="utf-8") as file:
+            file.write(html_page(question, pieces, values, summary))
+
+
+def read_completion(path: str, number: int) -> tuple[str, list[int]]:
+    """Question and tokens of the answer in line `number` (from 1) of a completions.jsonl; raises ValueError where there is none."""
+    with open(path, encoding="utf-8") as file:
+        line = next((line for i, line in enumerate(file, 1) if i == number), None)
+    if line is None:
+        raise ValueError(f"{path} has no line {number}")
+    try:
+        row = json.loads(line)
+        question, tokens = row["question"], row["tokens"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path}, line {number} is no line of a completions.jsonl: it needs question and tokens") from None
+    if not isinstance(question, str) or not isinstance(tokens, list) or not tokens or not all(type(t) is int for t in tokens):
+        raise ValueError(f"{path}, line {number}: question must be text and tokens a list of token ids")
+    return question, tokens
+
+
+if __name__ == "__main__":
+    from runtime import user_errors
+    with user_errors():
+        main()

@@ -1,11 +1,15 @@
-"""sar.py: fused log-probs against the plain computation in float64, scoring, perplexity, and the reward."""
+"""sar.py: fused log-probs against the plain computation in float64, scoring, perplexity, the reward, its rivals, the token view."""
+import json
 import math
+import re
+from html.parser import HTMLParser
 
 import pytest
 import torch
 
+import sar
 from sar import (REWARDS, alpha_at, answer_hidden, answer_logprobs, fused_logprob, micro_batches, perplexity, self_aligned_reward,
-                 total_reward)
+                 token_values, total_reward)
 
 
 def naive(hidden, unembedding, targets, temperature):
@@ -212,3 +216,67 @@ def test_alpha_schedule_by_hand():
     assert [alpha_at(step, 5, 0.1, 0.5) for step in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert [alpha_at(step, 3, 0.4, 0.0) for step in range(3)] == pytest.approx([0.4, 0.2, 0.0])
     assert alpha_at(7, 10, 0.2, None) == 0.2 and alpha_at(0, 1, 0.3, 0.1) == 0.3
+
+
+# ---- the token view ----
+
+
+def test_token_values_sum_to_the_reward(rng):
+    for _ in range(20):
+        given, alone = -torch.rand(rng.randrange(1, 50)) * 5, -torch.rand(1) * 5
+        alone = alone.expand(len(given))
+        reward, = self_aligned_reward([given], [alone]).tolist()
+        assert max(-1, 1 - math.exp(-token_values(given, alone).mean().item())) == pytest.approx(reward, abs=1e-12)
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.values = [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.values += [float(value) for name, value in attributes if name == "title"]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_view_shows_every_token_and_is_taken_in_by_none(tmp_path, capsys, monkeypatch):
+    question = 'Tom has 3 cups. <script>alert("1")</script> & \x1b[2J How many?'
+    answer = 'Tom é </span><img src=x onerror="y">\n\x1b[31m\r3 + 4 = 7'
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    sar.main(["--question", question, "--answer", answer, "--html", str(tmp_path / "v.html")])
+    shown = capsys.readouterr().out
+    table, _, _ = shown.partition("\n\n")
+    codes = set(re.findall("\x1b.[0-9;]*.", shown))
+    assert "\x1b[0m" in codes and all(code == "\x1b[0m" or code.startswith("\x1b[38;2;0;0;0;48;2;") for code in codes)
+    assert "\r" not in shown and "\\x1b[2J" in shown and "\\x1b" in table
+    rows = [re.match(r" *([+-][0-9.]+) = *(-[0-9.]+) - *(-[0-9.]+)   ", line) for line in table.splitlines()]
+    assert all(float(r[1]) == pytest.approx(float(r[2]) - float(r[3]), abs=0.011) for r in rows)
+    page = Page((tmp_path / "v.html").read_text())
+    assert set(page.tags) == {"meta", "title", "body", "p", "span", "br"} and "http" not in (tmp_path / "v.html").read_text()
+    assert page.tags.count("span") == len(rows) and page.values == [float(r[1]) for r in rows]
+    assert question in page.text
+    # é is two tokens, the first of which is no text yet
+    assert 'Tom ·é </span><img src=x onerror="y">↵\\x1b[31m\\x0d3 + 4 = 7<end>' in page.text
+    reward = float(re.search(r"R_SA = (-?[0-9.]+)", page.text)[1])
+    assert reward == pytest.approx(max(-1, 1 - math.exp(-sum(page.values) / len(rows))), abs=0.01)
+
+
+def test_the_view_of_a_rollout(tmp_path, capsys, tokenizer):
+    path = tmp_path / "completions.jsonl"
+    tokens = [*tokenizer.encode("3 + 4 = 7"), *tokenizer.stop_ids]
+    rows = [{}, {"question": "Tom has 3 cups.", "tokens": tokens}, {"question": "x", "tokens": [9**9]}, {"question": "x", "tokens": [[1]]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sar.main(["--completions", str(path), "--line", "2"])
+    shown = capsys.readouterr().out
+    assert "3 + 4 = 7<end>" in shown and f"{len(tokens)} tokens" in shown and "\x1b" not in shown  # not a terminal: no colours
+    for argv, words in ((["--line", "1"], "needs question and tokens"), (["--line", "5"], "has no line 5"), (["--line", "0"], "no line 0"),
+                        (["--line", "3"], "outside the vocabulary"), (["--line", "4"], "a list of token ids"),
+                        (["--question", "x", "--answer", "y"], "give --question and --answer, or")):
+        with pytest.raises(ValueError, match=words):
+            sar.main(["--completions", str(path), *argv])
+    with pytest.raises(ValueError, match="give --question and --answer, or"):
+        sar.main(["--question", "x"])
