@@ -50,7 +50,8 @@ What earns no reward although the right number may be in it (judge):
       one list; a correction (wait, wrong, actually, ...) or more words in between leaves the last one alone.
   G4  A last number (R5) in or before a question or a task ("Find ...", "Compute ..."): the problem repeated.
   G5  A choice (A to E, True, False) needs R1 to R4 or words that state it ("is False", "option B"), last one counts.
-  G6  A longer number that contains the reference: values are compared, never substrings.
+  G6  A longer number that contains the reference: values are compared, never substrings. Likewise a last number (R5) inside
+      a formula is not the answer, but what the formula's last side says: "is $3\sqrt{13}$." does not state 13.
 """
 
 import decimal
@@ -117,7 +118,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,20}")
 _BLANK_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,20}\{\s*\}")
 _UNBRACED = re.compile(r"[-+\u2212]?[0-9][0-9,]*(?:\.[0-9]+)?|\\?[A-Za-z]+(?:\{[^{}]{0,99}\}){0,2}|[^\s{}$.,;]")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_MARKER = re.compile(r"\banswers?[*_`\"'\s]{0,8}(?:\bis\b|\bare\b|:|=)"
+_MARKER = re.compile(r"(?<!/)\banswers?[*_`\"'\s]{0,8}(?:\bis\b|\bare\b|:|=)"
                      r"|^[#>*_ \t]{0,12}(?:the\s)?(?:final\s)?answers?[*_ \t]{0,8}$", re.IGNORECASE | re.MULTILINE)
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*\"'\u201d)_`\]]|$)|(?<=[0-9])\.(?=[A-Z])|;(?=\s|$)"
                            r"|(?<![,\s])[,\s]{1,20}(?:because|since|so|which|as)\b", re.IGNORECASE)
@@ -279,7 +280,7 @@ def _committed_answer(response: str, reference: str) -> str | None:
         return stated[1] or stated[2] if stated and "?" not in text[stated.end():] else None
     if answer is None or _LISTED.search(text[max(0, start - 60):start]) or _is_problem(text, start):
         return None
-    return answer
+    return _formula_around(text, start) or answer
 
 
 def _is_problem(text: str, start: int) -> bool:
@@ -290,6 +291,19 @@ def _is_problem(text: str, start: int) -> bool:
     begins = [match.end() for match in _SENTENCE_START.finditer(before)]
     sentence = before[begins[-1] if begins else 0:] + text[start:start + 2000]
     return "?" in text[start:] or bool(_TASK.search(sentence))
+
+
+def _formula_around(text: str, start: int) -> str | None:
+    """G6: the last side of the closed formula round the number at `start`, if there is one and it can be read."""
+    start += text[start] == "$"                                     # as likely a formula's first sign as a price
+    for left, right in _DELIMITERS:
+        begin, end = text.rfind(left, max(0, start - MAX_ANSWER), start), text.find(right, start, start + MAX_ANSWER)
+        inner = text[begin + len(left):end]
+        prose = left == "$" and any(word[0] != "\\" for word in _WORD.findall(inner))
+        if 0 <= begin and 0 <= end and right not in inner and not prose:
+            side = _trim(re.split(r"=|\\approx", inner)[-1], prose=False)
+            return side if _readings(side) else None
+    return None
 
 
 def _boxes_together(text: str) -> str:

@@ -60,6 +60,7 @@ EXTRACT = [
     ("The answer is −3.", "-3"),
     ("The answer is 30%.", "30%"), ("The answer is 2\n#### 3", "2"), ("The answer is 7\r\n", "7"),
     ("Answer: 4:30 p.m.", "4:30 pm"),
+    ("24 answers * 2 points/answer = 48 points\n#### 66", "66"),
     ("The answer is **4** cats.", "4"), ("The answer is therefore 4.", "4"), ("The answer is <<2+2=4>>4.", "4"),
     # R3
     ("2 + 2 = 4\n#### 4", "4"), ("#### 1,000", "1000"), ("####5", "5"), ("#### -5", "-5"), ("#### $5", "5"),
@@ -441,6 +442,8 @@ GAMES = [
     ("#### 152", "5"), ("The answer is 15.", "5"), ("\\boxed{5.5}", "5"), ("\\boxed{0.5}", "5"), ("\\boxed{x_5}", "5"),
     ("\\boxed{\\text{5 or 6}}", "5"), ("\\boxed{not 5}", "5"), ("\\boxed{[4,5]}", "5"), ("\\boxed{\\pm5}", "5"),
     ("\\boxed{x=5=6}", "5"),
+    ("The distance is \\(3\\sqrt{5}\\).", "5"), ("So they differ by $5x$.", "5"), ("Thus\n\\[ y = x^5 \\]", "5"),
+    ("They meet at $(4, 5)$.", "5"), ("It costs $3 or so in all: $$c = \\frac{2}{3}\\cdot 5$$", "5"),
     ("\\boxed{x}", "5"), ("\\boxed{5x}", "5"), ("\\boxed{5 = 6}", "5"), ("\\boxed{5\\ne6}", "5")]
 
 
@@ -456,6 +459,11 @@ def test_not_gameable(response, reference, prefix):
 @pytest.mark.parametrize("response, reference", [
     ("So 3 + 2 = 5", "5"), ("He has 5 pens left.", "5"), ("There were 3 and now there are 5.", "5"),
     ("Calculate the rest: 8 - 3 = 5.", "5"), ("She eats 4, which leaves 5 eggs.", "5"), ("9 - 4 = 5\n5", "5"),
+    ("The polar coordinates of $(0,3)$ are \\((3, \\frac{\\pi}{2})\\).", "(3, \\pi/2)"), ("So it is \\(\\sqrt{45}\\) long.", "3\\sqrt5"),
+    ("Hence\n\\[ 2 \\text{ h} \\cdot 40 = 80 \\text{ miles} \\]", "80"),
+    ("\\[ \\begin{aligned} x &= 2 + 3 \\\\ &= 5 \\end{aligned} \\]", "5"),
+    ("She pays $3 for $x$ but $5 for $y$", "5"), ("so $\\frac{10}{3} \\approx 3.33$.", "3.33"), ("The cost is $3 + $4 = $7", "7"),
+    ("in total \\(\\$7\\)", "7"), ("that is $7$ or $x$ of them", "7"),
     ("First \\boxed{4}. No, that is wrong: \\boxed{5}", "5"), ("\\boxed{5} and again \\boxed{5}", "5"),
     ("\\boxed{\\boxed{5}}", "5"), ("It is \\boxed{even}, yes, \\boxed{even}", "even"),
     ("I first found \\boxed{4}. After checking the second equation it must be \\boxed{5}", "5"),
@@ -516,14 +524,15 @@ def hostile_texts() -> list[str]:
 
 
 def cpu_seconds(function, *arguments) -> float:
-    """CPU time of a call: the least of up to five tries, so that only what is slow every time counts as slow."""
+    """CPU time of a call: the least of several tries, so that only what is slow every time counts as slow."""
     best = math.inf
-    for _ in range(5):
+    for attempt in range(20):
         start = time.process_time()
         function(*arguments)
         best = min(best, time.process_time() - start)
-        if best < 0.005:
+        if best < 0.005 or attempt >= 4 and best < 0.020:
             break
+        time.sleep(0.01 * attempt)                  # neighbours slow the clock of a shared core too: let them pass
     return best
 
 
