@@ -11,7 +11,7 @@ AES, the accuracy-efficiency score, rewards shorter answers and five times as st
 
 In runs/NAME: evaluation.json (the settings), BENCHMARK.jsonl (a line an answer; against-BENCHMARK.jsonl for the other model),
 results.json and table.md. An answer depends on the seed, its prompt and its number alone, so a question that a benchmark asks
-twice gets the same answers twice, and neither a kill nor --limit changes the answers to the rest.
+twice gets the same answers twice, and neither a kill nor other problems beside it change an answer.
 """
 import argparse
 import json
@@ -134,7 +134,7 @@ def benchmark_table(results: dict[str, list[dict]], args: argparse.Namespace) ->
         for r in models:
             cells = [benchmark, "/".join(Path(r["model"]).parts[-2:]),
                      f"{r['problems']}" + (f" ({r['skipped']} skipped)" if r["skipped"] else ""),
-                     *(f"{100 * r[key]:.1f} [{100 * r[key + '_low']:.1f}, {100 * r[key + '_high']:.1f}]" for key in ("accuracy", "last_number")),
+                     *(f"{100 * r[k]:.1f} [{100 * r[k + '_low']:.1f}, {100 * r[k + '_high']:.1f}]" for k in ("accuracy", "last_number")),
                      f"{r['length']:.1f} / {r['length_median']:.0f} / {r['length_p95']:.0f}",
                      f"{shown(r['length_correct'], '.1f')} / {shown(r['length_wrong'], '.1f')}",
                      *(f"{100 * r[key]:.1f}" for key in ("unfinished", "unparsed", *extra))]
@@ -169,7 +169,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="tiny", help="a model folder or name (see train_sa_grpo.py)")
     parser.add_argument("--against", help="the model that AES compares with")
     parser.add_argument("--data", default="tiny", help="benchmarks, separated by commas: names (their test split) or JSONL files")
-    parser.add_argument("--limit", type=int, help="only the first so many problems of each (default: all)")
+    parser.add_argument("--limit", type=int, help="only so many problems of each, evenly spaced: neighbours in a file are often alike "
+                        "(default: all)")
     parser.add_argument("--n", type=int, default=1, help="answers to each problem; more than one need a --temperature (default: 1)")
     parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy, as in the paper (default: 0)")
     parser.add_argument("--max-new-tokens", type=int, help="longest answer, stop token included (default: the paper's 4096; half of the "
@@ -198,7 +199,11 @@ def main(argv: list[str] | None = None) -> None:
     args.max_new_tokens = args.max_new_tokens or min(4096, positions // 2)
     kind = args.device.split(":")[0]
     tokenizers = {role: Tokenizer.from_pretrained(folder) for role, folder in folders.items()}
-    problems = {benchmark: load_problems(name, split="test")[:args.limit] for benchmark, name in benchmarks.items()}
+    problems = {}
+    for benchmark, name in benchmarks.items():
+        found = load_problems(name, split="test")
+        count = min(len(found), args.limit or len(found))
+        problems[benchmark] = [found[i * len(found) // count] for i in range(count)]
     skipped = {benchmark: 0 for benchmark in benchmarks}
     for benchmark, found in problems.items():
         problems[benchmark] = [p for p in found if args.max_new_tokens <= positions - max(

@@ -13,6 +13,7 @@ import pytest
 
 import evaluate
 import runtime
+from data.make_tiny import tiny_problems
 from data.problems import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,6 +93,8 @@ def test_command(runs, capsys):
     rows = [json.loads(line) for line in (runs / "first/tiny.jsonl").read_text().splitlines()]
     assert len(rows) == 16 and sum(r["status"] == "correct" for r in rows) / 16 == ours["accuracy"]
     assert sum(len(r["tokens"]) for r in rows) / 16 == ours["length"]
+    everything = [p.question for p in tiny_problems("test")]
+    assert [r["question"] for r in rows] == everything[::len(everything) // 16]  # evenly spaced
     assert (runs / "first/against-tiny.jsonl").read_bytes() == (runs / "first/tiny.jsonl").read_bytes()
 
 
