@@ -44,8 +44,8 @@ def answer(model, tokenizer, problems: list, *, max_new_tokens: int, n: int = 1,
     policy, `last_number` and `last_number_status` that of the paper's rule."""
     prompts = [tuple(encode_prompt(tokenizer, p.question)) for p in problems]
     first = {prompt: i * n for i, prompt in enumerate(dict.fromkeys(prompts))}  # a prompt that comes twice is answered once
-    rollouts = generate(model, [list(prompt) for prompt in first], n=n, max_new_tokens=max_new_tokens, stop=tokenizer.stop_ids,
-                        temperature=temperature, seed=seed, slots=slots)
+    rollouts = runtime.sample(generate, model, [list(prompt) for prompt in first], n=n, max_new_tokens=max_new_tokens,
+                              stop=tokenizer.stop_ids, temperature=temperature, seed=seed, slots=slots)
     rows = []
     for problem, prompt in zip(problems, prompts):
         for r in rollouts[first[prompt]:first[prompt] + n]:

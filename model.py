@@ -413,33 +413,60 @@ class GPT(nn.Module):
             cache.any_long = bool(cache.long.any())
 
     @staticmethod
-    def from_pretrained(folder, *, dtype: torch.dtype = torch.float32, device="cpu") -> "GPT":
+    def from_pretrained(folder, *, dtype: torch.dtype = torch.float32, device="cpu", shard=None) -> "GPT":
         """The model in `folder` (config.json; model.safetensors, or shards and their index) in `dtype` on `device`.
 
         Beside the weights themselves, about PIECE bytes are in memory at a time. Raises FileNotFoundError, or
         ValueError for an unsupported model and for weights that are missing, unknown, misshapen, quantised or infinite.
+        shard: divides the model, still without memory, among processes, and returns a function that gives the rows of a
+        parameter that are this process's and the first one's number (runtime.sharding); no others are read.
         """
         folder = Path(folder)
         config = GPTConfig.from_hf(_read_json(folder / "config.json"))
         with torch.device("meta"):
             model = GPT(config)
-        file_of = _find_tensors(folder, config, {name: place.shape for name, place in hf_places(model).items()})
-        for module in model.modules():
-            for name, p in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
-        for name, place in hf_places(model).items():
-            for rows, piece in _pieces(file_of[name], name):
-                place.detach()[rows].copy_(piece)
-                if not place.detach()[rows].isfinite().all():
+        shapes = {name: place.shape for name, place in hf_places(model).items()}
+        file_of = _find_tensors(folder, config, shapes)
+        own_rows = lambda p: (p.detach(), 0)                              # noqa: E731
+        if shard:
+            own_rows = shard(model.to(dtype))
+            model.to_empty(device=device)
+        else:                                                             # as to_empty does, but without what that imports
+            for module in model.modules():
+                for name, p in module.named_parameters(recurse=False):
+                    setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
+        places = hf_rows(config)
+
+        def pieces(name, place):
+            """(where it goes, piece) for what a stored tensor holds of our rows."""
+            (parameter, rows), count = places[place], shapes[place][0]
+            ours, first = own_rows(model.get_parameter(parameter))
+            first -= rows.start or 0                                      # counted in rows of the stored tensor
+            for start, piece in _pieces(file_of[name], name, max(first, 0), min(first + len(ours), count)):
+                yield ours[start - first:start - first + len(piece)], piece
+
+        for name in places:
+            for place, piece in pieces(name, name):
+                place.copy_(piece)
+                if not place.isfinite().all():
                     raise ValueError(f"{file_of[name]}: {name} holds NaN or infinity (as {dtype})")
         if config.tied and "lm_head.weight" in file_of:                   # some files repeat it
-            for rows, piece in _pieces(file_of["lm_head.weight"], "lm_head.weight"):
-                if not torch.equal(piece.to(device, dtype), model.unembedding.detach()[rows]):
+            for place, piece in pieces("lm_head.weight", "model.embed_tokens.weight"):
+                if not torch.equal(piece.to(device, dtype), place):
                     raise ValueError(f"{folder}: config.json ties the embeddings, but lm_head.weight is another tensor")
         return model
 
     def save_pretrained(self, folder) -> None:
         """Write config.json and model.safetensors as transformers does: its names, the parameters' dtype, tied once."""
+        self.save_config(folder)
+        tensors = {name: place.detach().cpu().contiguous() for name, place in hf_places(self).items()}
+        save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+    def hf_rows(self) -> dict[str, tuple[str, slice]]:
+        return hf_rows(self.config)
+
+    def save_config(self, folder) -> None:
+        """Write config.json as it was read, with the parameters' dtype."""
         folder = Path(folder)
         if not self.config.hf:
             raise ValueError("this config did not come from GPTConfig.from_hf, so there is no config.json to write")
@@ -448,8 +475,6 @@ class GPT(nn.Module):
         spelled = [key for key in ("dtype", "torch_dtype") if key in self.config.hf]   # transformers 5 and before
         hf = {**self.config.hf, **{key: dtype for key in spelled or ["torch_dtype"]}}
         (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-        tensors = {name: place.detach().cpu().contiguous() for name, place in hf_places(self).items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def rotation(positions, frequencies, scale, dtype):
@@ -482,36 +507,40 @@ def attention_mask(positions, span, window, dtype):
 
 def hf_places(model: GPT) -> dict[str, torch.Tensor]:
     """{name in the file: the parameter, or the rows of a fused parameter, that it fills}, in the file's order."""
-    c = model.config
-    places = {"model.embed_tokens.weight": model.embedding}
-    for i, block in enumerate(model.blocks):
-        at = f"model.layers.{i}."
+    return {name: model.get_parameter(parameter)[rows] for name, (parameter, rows) in hf_rows(model.config).items()}
+
+
+def hf_rows(config: GPTConfig) -> dict[str, tuple[str, slice]]:
+    """{name in the file: (parameter, its rows)}, in the file's order."""
+    c, every = config, slice(None)
+    places = {"model.embed_tokens.weight": ("embedding", every)}
+    for i in range(c.layers):
+        at, block = f"model.layers.{i}.", f"blocks.{i}."
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
         if c.fused:
-            places[at + "self_attn.qkv_proj.weight"] = block.qkv.weight
-            places[at + "mlp.gate_up_proj.weight"] = block.gate_up.weight
+            places[at + "self_attn.qkv_proj.weight"] = block + "qkv.weight", every
+            places[at + "mlp.gate_up_proj.weight"] = block + "gate_up.weight", every
         else:
             for kind in ("weight", "bias") if c.qkv_bias else ("weight",):
-                rows = getattr(block.qkv, kind).split((q, kv, kv))
-                for name, part in zip(("q_proj", "k_proj", "v_proj"), rows):
-                    places[f"{at}self_attn.{name}.{kind}"] = part
-            gate, up = block.gate_up.weight.chunk(2)
-            places[at + "mlp.gate_proj.weight"], places[at + "mlp.up_proj.weight"] = gate, up
-        places[at + "self_attn.o_proj.weight"] = block.attention_out.weight
-        places[at + "mlp.down_proj.weight"] = block.down.weight
-        places[at + "input_layernorm.weight"] = block.attention_norm
+                for name, first, rows in (("q_proj", 0, q), ("k_proj", q, kv), ("v_proj", q + kv, kv)):
+                    places[f"{at}self_attn.{name}.{kind}"] = f"{block}qkv.{kind}", slice(first, first + rows)
+            places[at + "mlp.gate_proj.weight"] = block + "gate_up.weight", slice(0, c.mlp_width)
+            places[at + "mlp.up_proj.weight"] = block + "gate_up.weight", slice(c.mlp_width, 2 * c.mlp_width)
+        places[at + "self_attn.o_proj.weight"] = block + "attention_out.weight", every
+        places[at + "mlp.down_proj.weight"] = block + "down.weight", every
+        places[at + "input_layernorm.weight"] = block + "attention_norm", every
         if c.post_norm:
-            places[at + "post_attention_layernorm.weight"] = block.attention_post_norm
-            places[at + "pre_feedforward_layernorm.weight"] = block.mlp_norm
-            places[at + "post_feedforward_layernorm.weight"] = block.mlp_post_norm
+            places[at + "post_attention_layernorm.weight"] = block + "attention_post_norm", every
+            places[at + "pre_feedforward_layernorm.weight"] = block + "mlp_norm", every
+            places[at + "post_feedforward_layernorm.weight"] = block + "mlp_post_norm", every
         else:
-            places[at + "post_attention_layernorm.weight"] = block.mlp_norm
+            places[at + "post_attention_layernorm.weight"] = block + "mlp_norm", every
         if c.qk_norm:
-            places[at + "self_attn.q_norm.weight"] = block.q_norm
-            places[at + "self_attn.k_norm.weight"] = block.k_norm
-    places["model.norm.weight"] = model.norm
+            places[at + "self_attn.q_norm.weight"] = block + "q_norm", every
+            places[at + "self_attn.k_norm.weight"] = block + "k_norm", every
+    places["model.norm.weight"] = "norm", every
     if not c.tied:
-        places["lm_head.weight"] = model.head
+        places["lm_head.weight"] = "head", every
     return places
 
 
@@ -567,16 +596,14 @@ def _find_tensors(folder: Path, config: GPTConfig, shapes: dict) -> dict[str, Pa
     return file_of
 
 
-def _pieces(file: Path, name: str):
-    """Yields (rows, their part of a stored tensor), PIECE bytes or one row at a time.
+def _pieces(file: Path, name: str, start: int, stop: int):
+    """Yields (number of the first row, rows) of rows start ... stop - 1 of a stored tensor, PIECE bytes or one row at a time.
 
     The file is mapped anew for every piece: pages that were read count as ours until the mapping is closed.
     """
-    start, length = 0, 1
-    while start < length:
+    while start < stop:
         with _open(file) as mapped:
             part = mapped.get_slice(name)
-            shape = part.get_shape()
-            length, step = shape[0], max(1, PIECE // (8 * math.prod(shape[1:])))
-            yield slice(start, start + step), part[start:start + step]
+            step = max(1, PIECE // (8 * math.prod(part.get_shape()[1:])))
+            yield start, part[start:min(start + step, stop)]
         start += step

@@ -9,6 +9,8 @@ uniform number per token comes from a counter hash of these (`uniforms`), and th
 cumulative distribution (`draw`). So the number of slots, the order of the prompts and the group size do not change a sample.
 """
 import hashlib
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,11 +36,15 @@ class Rollout:
 
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int, stop: set[int], temperature: float = 1.0,
-             top_p: float = 1.0, top_k: int = 0, seed: int = 0, slots: int | None = None) -> list[Rollout]:
+             top_p: float = 1.0, top_k: int = 0, seed: int = 0, slots: int | None = None,
+             take: Callable[[], int] | None = None, at_once: int | None = None) -> list[Rollout]:
     """Sample n answers to every prompt; prompt i's answers are adjacent, at i * n ... i * n + n - 1.
 
     temperature 0 is greedy decoding. top_p and top_k (0: off) restrict what is drawn, never the log-probs that are returned.
     slots: answers that decode at once; by default as many as a part of the free memory holds, at most MAX_SLOTS.
+    take: where several processes share the prompts: each call gives the next number of a counter that they share. A process
+    takes one whenever it has a free slot and nothing to fill it with; answers to what others took stay empty. at_once: how
+    many answers a process may hold at a time, so that the first one does not take them all.
     Raises ValueError for an empty prompt, for one that leaves no room for max_new_tokens within the model's positions, for
     slots that do not fit into memory, and for logits that are not finite.
     """
@@ -55,11 +61,12 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
                              f"{max_new_tokens} new ones within the model's {positions} positions")
     device, dtype = model.unembedding.device, model.unembedding.dtype
     room = max(map(len, prompts)) + max_new_tokens
-    slots = choose_slots(model.config, room, len(prompts) * n, slots, dtype, device)
+    slots = choose_slots(model.config, room, min(len(prompts) * n, at_once or len(prompts) * n), slots, dtype, device)
 
     answers = [Rollout(i) for i in range(len(prompts)) for _ in range(n)]
     keys = answer_keys(prompts, n, seed)  # (answers,) one hash stream each
-    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # read from the end: packs of like length, long first
+    queue = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # read from the end: packs of like length, long first
+    waiting, left = ([], True) if take else (queue, False)  # left: there may be more to take
     cache = KVCache(model.config, slots, room, dtype=dtype, device=device)
     pack, ready = None, []  # the prompts read last: (row in pack, prompt, its next sample), taken from the end
     hidden = torch.empty(slots, model.config.width, dtype=dtype, device=device)  # of each row's last token
@@ -68,9 +75,16 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
     scratch = torch.zeros(slots, -(-model.unembedding.shape[0] // BLOCK) * BLOCK, device=device)
     bar = tqdm(desc="rollout", unit="tok", delay=3, leave=False, smoothing=0.1)
 
-    while running or ready or waiting:
+    while running or ready or waiting or left:
         # 1. hand free rows to waiting answers: their prompt's keys and values are copied in, its last hidden state too
-        while len(running) < slots and (ready or waiting):
+        while len(running) < slots and (ready or waiting or left):
+            while left and not ready and len(waiting) * n < slots - len(running):
+                k = take()
+                left = k < len(queue)
+                if left:
+                    waiting.insert(0, queue[-1 - k])
+            if not ready and not waiting:
+                break
             if not ready:
                 pack, last, ready = read_prompts(model, prompts, waiting, n)
             row, prompt, sample = ready.pop()
@@ -83,6 +97,8 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
             if sample + count < n:
                 ready.append((row, prompt, sample + count))
         rows = len(running)
+        if not rows:
+            break
 
         # 2. one token for every row
         logits = next_logits(hidden[:rows], model.unembedding)  # (rows, V)
@@ -151,7 +167,7 @@ def choose_slots(config, room: int, wanted: int, slots: int | None, dtype: torch
     if device.type == "cuda":  # what PyTorch holds and does not use is free as well
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
-        free = available_memory()
+        free = available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes share it
     asked = min(wanted, slots or 1)
     if asked * per_slot > free:
         raise ValueError(f"{asked} slots of {room} tokens need {asked * per_slot / 2**30:.1f} GiB of KV cache, but only "

@@ -1,9 +1,20 @@
-"""What the training scripts need and neither is about: the command line, the device, runs and checkpoints, logs, signals."""
+"""What the training scripts need and neither is about: the command line, the device, processes, runs and checkpoints, logs,
+signals.
+
+One process or many: under torchrun the scripts are the same programs. Weights, gradients and optimizer state are sharded over the
+processes (FSDP2's fully_shard); for rollouts each gathers a whole copy of the weights. Everything that is sampled and scored is
+shared with all of them, so that what follows (rewards, advantages, the cut into micro-batches) is computed by each alone and is
+the same for all: the collectives of a step follow from what all processes know, and none stands inside a branch on what one
+of them found. Decoding and verification have none.
+"""
 import argparse
+import atexit
 import contextlib
 import copy
 import ctypes
 import functools
+import io
+import itertools
 import json
 import math
 import os
@@ -15,12 +26,18 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from data.problems import load_problems
 from data.prompts import encode_prompt
@@ -34,7 +51,8 @@ RUNS = Path(os.environ.get("SA_RUNS", HERE / "runs"))  # SA_RUNS: another disk, 
 
 @contextlib.contextmanager
 def user_errors():
-    """A user's mistake (ValueError, OSError) ends the program with one sentence and exit status 2, without a traceback."""
+    """A user's mistake (ValueError, OSError) ends the program with one sentence and exit status 2, without a traceback. Where there
+    are several processes, whatever ends the first of them is what all of them show."""
     try:
         yield
     except KeyboardInterrupt:  # before the run has begun; later a signal finishes the step first
@@ -45,8 +63,30 @@ def user_errors():
         text = str(error)
         if isinstance(error, OSError) and error.strerror:
             text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        if dist.is_initialized():
+            end_all(text, 2)
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if dist.is_initialized():
+            end_all(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
+        raise
+
+
+def end_all(text: str, status: int, details: str = "") -> None:
+    """End this process because of an error. The first process that fails leaves its message in the store; the others, whose
+    collectives then fail too, repeat it instead of theirs. torchrun stops whoever still runs."""
+    rank, _ = processes()
+    try:
+        first = store.compare_set("failure", "", f"process {rank}: {text}").decode()
+    except RuntimeError:  # the store is gone: so is the machine that held it
+        first = f"process {rank}: {text}"
+    if first == f"process {rank}: {text}":
+        print(f"{details}error: {first}", file=sys.__stderr__, flush=True)
+    elif rank == 0:
+        print(f"error: ended by {first}", file=sys.__stderr__, flush=True)
+    print(f"{details}error: {text}", file=sys.stderr, flush=True)  # the log of this process
+    os._exit(status)  # without waiting for collectives under way
 
 
 # ---- the command line ----
@@ -118,9 +158,13 @@ def parse(parser: argparse.ArgumentParser, algorithm: str, argv: list[str] | Non
     """Parse, fill in the defaults that belong to the model, and check. On --resume the run's saved settings are the defaults;
     a flag that would change what is computed is refused. Raises ValueError in one sentence."""
     args = absolute_paths(parser.parse_args(argv))
+    join_processes()
+    if args.resume and not args.run:
+        raise ValueError(f"--resume needs --run NAME; the newest is {newest_run() or 'not there: runs/ is empty'}")
+    if args.resume and "TORCHELASTIC_RUN_ID" in os.environ and agreed(lambda: not (RUNS / args.run / "config.json").exists()):
+        print(f"note: there is no run {args.run} yet: starting it (torchrun --max-restarts goes on with it)", file=sys.stderr)
+        args.resume = False
     if args.resume:
-        if not args.run:
-            raise ValueError(f"--resume needs --run NAME; the newest is {newest_run() or 'not there: runs/ is empty'}")
         config = read_json(RUNS / args.run / "config.json")
         if config["algorithm"] != algorithm:
             raise ValueError(f"{args.run} is a run of train_sa_{config['algorithm']}.py: resume it with that script")
@@ -143,6 +187,9 @@ def parse(parser: argparse.ArgumentParser, algorithm: str, argv: list[str] | Non
     if args.minibatch is None:
         args.minibatch = args.prompts_per_step if args.prompts_per_step % 2 else args.prompts_per_step // 2
     check_device(args.device)
+    if args.device.startswith("cuda") and processes()[1] > 1:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
     args.micro_tokens = args.micro_tokens or (8192 if args.model == "tiny" or args.device.startswith("cuda") else 512)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     positive = ("steps", "prompts_per_step", "n", "minibatch", "epochs", "lr", "max_prompt_tokens", "max_new_tokens",
@@ -233,19 +280,6 @@ def warn_if_slow(args, parameters: int, models: int = 1) -> None:
           "make it shorter", file=sys.stderr)
 
 
-def sampler_for(policy, args):
-    """The model that generates: the policy itself in float32, else a copy of it in bfloat16, which `refresh` keeps current."""
-    return policy if args.dtype == "float32" else copy.deepcopy(policy).to(torch.bfloat16).requires_grad_(False)
-
-
-@torch.no_grad()
-def refresh(sampler, policy) -> None:
-    """Bring the sampler's copy of the weights up to date, in place."""
-    if sampler is not policy:
-        for own, new in zip(sampler.parameters(), policy.parameters()):
-            own.copy_(new)
-
-
 def count_parameters(folder: Path) -> int:
     """From the headers of the folder's safetensors files: nothing is loaded."""
     total = 0
@@ -253,6 +287,179 @@ def count_parameters(folder: Path) -> int:
         with safe_open(path, framework="pt") as file:
             total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
     return total
+
+
+# ---- processes ----
+
+store = None  # what torchrun's processes share beside collectives: small values by name
+turn = itertools.count()  # numbers the uses of the store, alike in every process
+
+
+def processes() -> tuple[int, int]:
+    """This process's number and how many there are: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_processes() -> None:
+    """Meet the other processes that torchrun started, if it started several. All but the first keep quiet: no bars, and what
+    they print is kept for their log in the run's folder."""
+    global store
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    store, rank, world = next(dist.rendezvous("env://"))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=world)
+    atexit.register(dist.destroy_process_group)
+    if rank > 0:
+        sys.stdout = sys.stderr = io.StringIO()
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+
+def agreed(find):
+    """What find() gives in the first process, for all: anything that JSON can hold."""
+    rank, world = processes()
+    if world == 1:
+        return find()
+    key = f"agreed {next(turn)}"
+    if rank == 0:
+        store.set(key, json.dumps(find()))
+    return json.loads(store.get(key))
+
+
+def add_up(totals: dict, largest: tuple[str, ...] = ()) -> dict:
+    """Sums of the numbers of all processes, for the keys in `largest` their maxima; lists stay, they are alike everywhere."""
+    if processes()[1] == 1:
+        return totals
+    sums = [key for key, value in totals.items() if key not in largest and not isinstance(value, list)]
+    together = {}
+    for keys, operation in ((sums, dist.ReduceOp.SUM), (list(largest), dist.ReduceOp.MAX)):
+        numbers = torch.tensor([totals[key] for key in keys], dtype=torch.float64)
+        dist.all_reduce(numbers, operation)
+        together |= dict(zip(keys, numbers.tolist()))
+    return totals | together
+
+
+def sharding(args):
+    """The `shard` of GPT.from_pretrained: None for one process. For several it lets FSDP2 divide every parameter by rows. Each block's
+    weights are gathered when its turn comes and given back after it; the root's, embeddings and last norm, stay whole from the
+    forward to the end of the backward, since the scripts hand `policy.unembedding` to the loss.
+
+    For --dtype bfloat16 the gathered copies are bfloat16 (half the bytes), gradients are summed in float32 and the shards stay
+    float32. The matmuls' inputs are cast by autocast, as with one process; only norms and embeddings are rounded earlier."""
+    rank, world = processes()
+    if world == 1:
+        return None
+    mesh = init_device_mesh(args.device.split(":")[0], (world,))
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+    def shard(model):
+        blocks = getattr(model, "blocks", [])
+        for module in (*blocks, model):
+            policy = half if args.dtype == "bfloat16" and blocks else MixedPrecisionPolicy()  # a critic's own head stays float32
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=module is not model)
+            module.set_gradient_divide_factor(1.0)  # sums, not means: the loss has its denominator
+            module.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
+        return own_rows
+    return shard
+
+
+def own_rows(p: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The rows of a parameter, or of AdamW's moments, that this process holds, and the number of the first: all for one process."""
+    if not isinstance(p, DTensor):
+        return p.detach(), 0
+    rank, world = processes()
+    return p.detach().to_local(), min(rank * -(-len(p) // world), len(p))
+
+
+def whole(p: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor with the rows of all processes; all of them must ask."""
+    p = p.detach().to(dtype or p.dtype)  # before it travels
+    return p.full_tensor() if isinstance(p, DTensor) else p
+
+
+def reshard(model) -> None:
+    """Give back gathered weights: parameters() then lists the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def sampler_for(policy, args, GPT):
+    """The model that generates: the policy itself in float32, else a copy of it in bfloat16, which `refresh` keeps current. Where
+    the policy is sharded it is always a copy, whole in every process."""
+    if not isinstance(policy, FSDPModule):
+        return policy if args.dtype == "float32" else copy.deepcopy(policy).to(torch.bfloat16).requires_grad_(False)
+    with torch.device("meta"):
+        sampler = GPT(policy.config).to(getattr(torch, args.dtype)).requires_grad_(False)
+    sampler.to_empty(device=args.device)
+    refresh(sampler, policy)
+    return sampler
+
+
+@torch.no_grad()
+def refresh(sampler, policy) -> None:
+    """Bring the sampler's copy of the weights up to date, in place, one parameter at a time."""
+    if sampler is not policy:
+        reshard(policy)
+        for own, new in zip(sampler.parameters(), policy.parameters()):
+            own.copy_(whole(new, own.dtype))
+
+
+def sample(generate, model, prompts: list[list[int]], *, n: int = 1, **options) -> list:
+    """generate(model, prompts, n=n, **options), by all processes together: each takes the next prompt from a counter in the job's
+    store when it has a free slot, and in the end all hold all answers.
+
+    How many answers a process may hold at once: on a GPU its even share, since a decoding step takes about as long for few rows
+    as for many, so that all at once is fastest; on a CPU half of it, since there the time follows the rows, and what is not
+    held can still go to whoever is free."""
+    rank, world = processes()
+    if world == 1:
+        return generate(model, prompts, n=n, **options)
+    counter = f"prompts {next(turn)}"
+    share = -(-len(prompts) * n // world)
+    answers = generate(model, prompts, n=n, take=lambda: store.add(counter, 1) - 1,
+                       at_once=share if model.unembedding.is_cuda else -(-share // 2), **options)
+    # Every answer is one process's, and zeros elsewhere: sums bring them together exactly, in three collectives.
+    ends = torch.tensor([[len(a.tokens), a.finished] for a in answers])  # (N, 2)
+    dist.all_reduce(ends)
+    lengths = ends[:, 0].tolist()
+    tokens = spread([torch.tensor(a.tokens) for a in answers], lengths, torch.int64)
+    logprobs = spread([torch.tensor(a.logprobs) for a in answers], lengths, torch.float64)
+    for answer, t, lp, finished in zip(answers, tokens, logprobs, ends[:, 1].tolist()):
+        answer.tokens, answer.logprobs, answer.finished = t.tolist(), lp.tolist(), bool(finished)
+    return answers
+
+
+def spread(pieces: list[torch.Tensor], lengths: list[int], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Pieces (lengths[i],) of which each is filled in one process and empty in the others -> filled, in all of them."""
+    flat = torch.cat([p.to(dtype) if len(p) else torch.zeros(length, dtype=dtype) for p, length in zip(pieces, lengths)])
+    dist.all_reduce(flat)
+    return list(flat.split(lengths))
+
+
+def score(function, model, contexts: list[list[int]], answers: list[list[int]], micro_tokens: int) -> list[torch.Tensor]:
+    """function(model, contexts, answers, micro_tokens=...), a (len(a),) tensor for each answer, by all processes together."""
+    pieces = function(model, contexts, answers, micro_tokens=micro_tokens, share=processes())
+    if processes()[1] == 1:
+        return pieces
+    reshard(model)
+    return spread(pieces, [len(a) for a in answers], torch.float32)
+
+
+def pick(pieces: list[torch.Tensor], indices: list[int], device: str) -> torch.Tensor:
+    """pieces[i] for each index, one after the other, on the device; (0,) where there is none."""
+    return torch.cat([pieces[i] for i in indices] or [torch.empty(0)]).to(device)
+
+
+def clip_gradients(model, limit: float) -> torch.Tensor:
+    """Scale the gradients down to a norm of at most `limit`; returns the norm that they had. One collective."""
+    if processes()[1] == 1:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    shards = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
+    square = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in shards]).sum()
+    dist.all_reduce(square)
+    norm = square.sqrt()
+    torch._foreach_mul_(shards, (limit / (norm + 1e-6)).clamp(max=1.0).to(shards[0].dtype))
+    return norm
 
 
 # ---- data ----
@@ -338,7 +545,8 @@ def git_commit() -> str:
 def provenance(device: str) -> dict:
     """What a run is made with: the commit, versions, machine, threads."""
     versions = {name: version(name) for name in ("torch", "numpy", "tiktoken", "safetensors")}
-    versions |= {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
+    versions |= {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads(),
+                 "processes": processes()[1]}
     if device.startswith("cuda"):
         versions["gpu"] = torch.cuda.get_device_name(device)
     return {"git_commit": git_commit(), "versions": versions}
@@ -353,10 +561,24 @@ class Run:
     LOGS = ("metrics.jsonl", "completions.jsonl", "evals.jsonl")
 
     def __init__(self, args: argparse.Namespace, algorithm: str, parameters: int, models: int = 1):
-        args.run = args.run or f"{algorithm}-{Path(args.model).name}-{args.reward}-{time.strftime('%m%d-%H%M%S')}"
+        args.run = args.run or agreed(lambda: f"{algorithm}-{Path(args.model).name}-{args.reward}-{time.strftime('%m%d-%H%M%S')}")
         self.args, self.folder, self.step = args, RUNS / args.run, 0
         self.checkpoint: Path | None = None  # the newest whole one
         self.stop_signal: int | None = None
+        self.first = processes()[0] == 0  # it alone writes, but for the logs of the others
+        if self.first:
+            self.prepare(args, algorithm, parameters, models)
+        self.step, checkpoint = agreed(lambda: (self.step, str(self.checkpoint or "")))
+        if not self.first:
+            self.checkpoint = Path(checkpoint) if checkpoint else None
+            kept = sys.stderr.getvalue() if isinstance(sys.stderr, io.StringIO) else ""
+            sys.stdout = sys.stderr = open(self.folder / f"process_{processes()[0]}.log", "a", encoding="utf-8", buffering=1)
+            sys.stderr.write(kept)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def prepare(self, args: argparse.Namespace, algorithm: str, parameters: int, models: int) -> None:
+        """Find the checkpoint to resume from, and put the folder and its logs in order."""
         if args.resume:
             self.checkpoint = self.newest_checkpoint()
             if self.checkpoint is None and [p for p in self.folder.glob("step_*") if p.suffix != ".tmp"]:
@@ -390,13 +612,13 @@ class Run:
         config = {"algorithm": algorithm, "settings": vars(args) | {"resume": False}, **here}
         if args.resume:  # what it began with stays, what it goes on with is added
             before = read_json(self.folder / "config.json")
-            if before["versions"]["threads"] != here["versions"]["threads"]:
-                print(f"note: the run began with {before['versions']['threads']} threads and goes on with {here['versions']['threads']}: "
-                      "the last bits of its sums will differ (OMP_NUM_THREADS)", file=sys.stderr)
+            for what in ("threads", "processes"):
+                was, now = before["versions"].get(what, 1), here["versions"][what]
+                if was != now:
+                    print(f"note: the run began with {was} {what} and goes on with {now}: the last bits of its sums will differ"
+                          f"{' (OMP_NUM_THREADS)' * (what == 'threads')}", file=sys.stderr)
             config = before | {"settings": config["settings"], "resumes": [*before.get("resumes", []), {"step": self.step, **here}]}
         write_atomically(self.folder / "config.json", json.dumps(config, indent=2))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame) -> None:
         if self.stop_signal is not None:  # asked twice: now
@@ -404,8 +626,18 @@ class Run:
         self.stop_signal = number
         print(f"\n{signal.Signals(number).name}: finishing this step, then saving (again to stop at once)", file=sys.stderr)
 
+    def stop_asked(self) -> int | None:
+        """The signal that one of the processes got, if any did: they all stop after the same step."""
+        if processes()[1] > 1:
+            number = torch.tensor(self.stop_signal or 0)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.stop_signal = number.item() or None
+        return self.stop_signal
+
     def log(self, name: str, record: dict) -> None:
         """Append one line to a log; NaN and infinity are written as null, which any JSON reader takes."""
+        if not self.first:
+            return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.logs[name].write(json.dumps(clean, ensure_ascii=False) + "\n")
         self.logs[name].flush()
@@ -420,14 +652,19 @@ class Run:
         critic and its optimizer go beside them. Only the newest checkpoint keeps what resume alone needs."""
         place = self.folder / f"step_{step:06d}"
         scratch = place.with_suffix(".tmp")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        policy.save_pretrained(scratch)
-        tokenizer.copy_to(scratch)
-        save_file(optimizer_tensors(policy, optimizer), scratch / "optimizer.safetensors")
-        if critic is not None:
-            save_file({name: p.detach().cpu().contiguous() for name, p in critic.named_parameters()}, scratch / "critic.safetensors")
-            save_file(optimizer_tensors(critic, critic_optimizer), scratch / "critic_optimizer.safetensors")
+        if self.first:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            tokenizer.copy_to(scratch)
+        for name, model, adam in (("", policy, optimizer), ("critic_", critic, critic_optimizer)):
+            if model is policy:
+                save_model(policy, scratch)
+            elif model is not None:
+                save_tensors(dict(model.named_parameters()), scratch / "critic.safetensors")
+            if model is not None:
+                save_tensors(optimizer_tensors(model, adam), scratch / f"{name}optimizer.safetensors")
+        if not self.first:
+            return place
         for log in self.logs.values():
             log.flush()
             os.fsync(log.fileno())
@@ -446,13 +683,18 @@ class Run:
 
     def stop_on_nan(self, step: int, what: str, batch: list[dict]) -> None:
         """A loss or gradient that is not finite ends the run before it reaches the weights; the batch is kept for inspection."""
-        path = self.folder / f"bad_batch_step_{step + 1:06d}.json"
+        rank = processes()[0]
+        path = self.folder / f"bad_batch_step_{step + 1:06d}{f'_process_{rank}' if rank else ''}.json"
         write_atomically(path, json.dumps(batch, ensure_ascii=False))
         raise ValueError(f"the {what} of step {step + 1} is not finite; this update was not made, the batch is in {path}, and the "
                          f"newest checkpoint is {self.newest_checkpoint() or 'not there yet'}: try a lower --lr")
 
     def finish(self, script: str, table) -> None:
         """Say where everything is; after a signal, how to go on, with the exit status that shells expect."""
+        if not self.first:  # it has nothing to say, but leaves in the same way
+            if self.stop_signal:
+                sys.exit(128 + self.stop_signal)
+            return
         newest = self.newest_checkpoint()
         if self.stop_signal and json.loads((newest / "state.json").read_text())["step"] < self.args.steps:
             print(f"stopped and saved {newest.name}; go on with: python {script} --run {self.args.run} --resume", file=sys.stderr)
@@ -481,21 +723,73 @@ def write_atomically(path: Path, text: str) -> None:
 def optimizer_tensors(model, optimizer) -> dict[str, torch.Tensor]:
     """AdamW's state as named tensors, e.g. model.norm.weight.exp_avg; empty before the first step."""
     names = {p: name for name, p in model.named_parameters()}
-    return {f"{names[p]}.{key}": value.detach().cpu().contiguous() for p, state in optimizer.state.items() for key, value in state.items()}
+    return {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+# A checkpoint is the same folder whatever the number of processes: whole tensors under their names. torch.distributed.checkpoint
+# is not used: its metadata file is a pickle, and reading one runs whatever it says.
+
+
+def save_model(model, folder: Path) -> None:
+    """model.save_pretrained(folder), also for a sharded model."""
+    if not isinstance(model, FSDPModule):
+        return model.save_pretrained(folder)
+    if processes()[0] == 0:
+        model.save_config(folder)
+    reshard(model)
+    rows = model.hf_rows()
+    save_tensors({name: model.get_parameter(p) for name, (p, _) in rows.items()}, folder / "model.safetensors",
+                 {name: r for name, (_, r) in rows.items()}, {"format": "pt"})
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, rows: dict[str, slice] | None = None, metadata: dict | None = None) -> None:
+    """Write {name: tensor}, or of each tensor only rows[name], to a safetensors file. From several processes it comes together a
+    tensor at a time, and the first writes it: nobody holds more than one whole. The file is then the one that save_file makes."""
+    rank, world = processes()
+    if world == 1:
+        return save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata)
+    rows = rows or {}
+    header = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name in sorted(tensors):
+        shape = list(tensors[name].shape)
+        if name in rows and shape:
+            shape[0] = len(range(*rows[name].indices(shape[0])))
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") if rank == 0 else contextlib.nullcontext() as file:
+        if rank == 0:
+            file.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(tensors):
+            tensor = whole(tensors[name])
+            if rank == 0:
+                file.write(tensor[rows.get(name, slice(None))].cpu().float().contiguous().numpy() if tensor.dim() else tensor.cpu().numpy())
 
 
 @torch.no_grad()
 def load_parameters(path: Path, model) -> None:
-    saved = load_file(path)
     for name, p in model.named_parameters():
-        p.copy_(saved[name])
+        fill(path, name, p)
 
 
+@torch.no_grad()
 def load_optimizer(path: Path, model, optimizer) -> None:
     """Put what `optimizer_tensors` saved back, bit for bit."""
     parameters = dict(model.named_parameters())
-    for name, value in load_file(path).items():
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+    for name in names:
         parameter, key = name.rsplit(".", 1)
         p = parameters[parameter]
-        optimizer.state[p][key] = value.to(p.device)
+        state = torch.zeros_like(p) if key.startswith("exp_avg") else torch.zeros((), device=p.device)
+        optimizer.state[p][key] = fill(path, name, state)
 
+
+def fill(path: Path, name: str, place: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor of a safetensors file, of a sharded one this process's rows, into `place`, and return it."""
+    ours, first = own_rows(place)
+    with safe_open(path, framework="pt") as file:
+        ours.copy_(file.get_slice(name)[first:first + len(ours)] if ours.dim() else file.get_tensor(name))
+    return place

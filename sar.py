@@ -131,43 +131,64 @@ def fused_logprob(hidden: Tensor, unembedding: Tensor, targets: Tensor, *, tempe
 # ---- scoring answers ----
 
 
-def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
+def micro_batches(lengths: list[int], budget: int, share: tuple[int, int] = (0, 1)) -> list[list[int]]:
     """Cut indices into batches of at most `budget` tokens, padding included, from the longest to the shortest. A sequence that
-    is longer than the budget gets a batch of its own."""
-    cuts: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # stable: the order depends on the lengths alone
-        if cuts and (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] <= budget:
-            cuts[-1].append(i)
-        else:
-            cuts.append([i])
-    return cuts
+    is longer than the budget gets a batch of its own.
+
+    share: (k, K) for the k-th of K processes that work side by side. All of them get the same number of batches, the fewest
+    that the budget allows, and the budget is lowered as far as that number allows: the batches that are worked on at the same
+    time are then about equal in tokens, and empty ones are left only where there are fewer sequences than places."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # stable: the order depends on the lengths alone
+
+    def cut(budget: int) -> list[list[int]]:
+        cuts: list[list[int]] = []
+        for i in order:
+            if cuts and (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] <= budget:
+                cuts[-1].append(i)
+            else:
+                cuts.append([i])
+        return cuts
+
+    k, K = share
+    if K == 1:
+        return cut(budget)
+    places = -(-len(cut(budget)) // K) * K
+    low = 1
+    while low < budget:  # the smallest budget that needs no more places
+        middle = (low + budget) // 2
+        low, budget = (low, middle) if len(cut(middle)) <= places else (middle + 1, budget)
+    cuts = sorted(cut(budget), key=lambda c: -len(c) * lengths[c[0]])
+    return (cuts + [[]] * (places - len(cuts)))[k::K]
 
 
 def answer_hidden(model, contexts: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, Tensor]:
     """One forward of right-padded context + answer rows. Returns what the head must see, and no more: the hidden states
     (sum of answer lengths, D) that predict each answer token, row after row, and those tokens (sum of answer lengths,).
 
-    Which positions these are follows from lengths, never from token ids: a pad id may well equal the stop id."""
+    Which positions these are follows from lengths, never from token ids: a pad id may well equal the stop id.
+    Without answers one token is read and nothing taken: a process that has no work takes part in the model's collectives."""
     device = model.unembedding.device
-    width = max(len(c) + len(a) for c, a in zip(contexts, answers)) - 1  # the last token predicts nothing
-    rows = [(c + a)[:-1] for c, a in zip(contexts, answers)]
+    rows = [(c + a)[:-1] for c, a in zip(contexts, answers)] or [[0]]  # the last token predicts nothing
+    width = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # (rows, width)
     places = [b * width + len(c) - 1 + j for b, (c, a) in enumerate(zip(contexts, answers)) for j in range(len(a))]
-    hidden = model(tokens).flatten(0, 1).index_select(0, torch.tensor(places, device=device))
+    hidden = model(tokens).flatten(0, 1).index_select(0, torch.tensor(places, dtype=torch.int64, device=device))
     if torch.is_autocast_enabled(device.type):  # the residual stream stays in float32 there; the head's matmul need not
         hidden = hidden.to(torch.get_autocast_dtype(device.type))
-    return hidden, torch.tensor([t for a in answers for t in a], device=device)
+    return hidden, torch.tensor([t for a in answers for t in a], dtype=torch.int64, device=device)
 
 
 @torch.no_grad()
-def answer_logprobs(model, contexts: list[list[int]], answers: list[list[int]], *, micro_tokens: int = 16384) -> list[Tensor]:
-    """log P(a_j | context, a_<j) at temperature 1 for every token of every answer: one float32 (len(a),) tensor each.
+def answer_logprobs(model, contexts: list[list[int]], answers: list[list[int]], *, micro_tokens: int = 16384,
+                    share: tuple[int, int] = (0, 1)) -> list[Tensor]:
+    """log P(a_j | context, a_<j) at temperature 1 for every token of every answer: one float32 (len(a),) tensor each. With a
+    share (see micro_batches) only the answers of this process are scored; the others' tensors are empty.
 
     Forwards run over micro-batches of at most micro_tokens tokens, sorted by length. Their answer positions are gathered until
     a full load for the head has come together, so that short answers do not make for small matmuls."""
     result: list[Tensor] = [torch.empty(0)] * len(answers)
     filled = [i for i, a in enumerate(answers) if a]  # an answer without tokens has no log-probs
-    cuts = micro_batches([len(contexts[i]) + len(answers[i]) for i in filled], micro_tokens)
+    cuts = micro_batches([len(contexts[i]) + len(answers[i]) for i in filled], micro_tokens, share)
     load: list[tuple[list[int], Tensor, Tensor]] = []
 
     def flush():

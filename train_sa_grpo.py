@@ -79,11 +79,12 @@ def main(argv: list[str] | None = None) -> None:
     parameters = runtime.count_parameters(folder)
     runtime.warn_if_slow(args, parameters)
     run = runtime.Run(args, "grpo", parameters)
-    policy = GPT.from_pretrained(run.checkpoint or folder, device=args.device)  # float32 weights, also on a GPU
+    shard = runtime.sharding(args)  # None for one process
+    policy = GPT.from_pretrained(run.checkpoint or folder, device=args.device, shard=shard)  # float32 weights, also on a GPU
     reference = None
     if args.kl_coef:
-        reference = GPT.from_pretrained(folder, dtype=getattr(torch, args.dtype), device=args.device).requires_grad_(False)
-    sampler = runtime.sampler_for(policy, args)
+        reference = GPT.from_pretrained(folder, dtype=getattr(torch, args.dtype), device=args.device, shard=shard).requires_grad_(False)
+    sampler = runtime.sampler_for(policy, args, GPT)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
     if run.checkpoint:
         runtime.load_optimizer(run.checkpoint / "optimizer.safetensors", policy, optimizer)
@@ -102,19 +103,19 @@ def main(argv: list[str] | None = None) -> None:
         began = time.perf_counter()
         chosen = runtime.batch_of(problems, step, args.prompts_per_step, args.seed)
         runtime.refresh(sampler, policy)
-        rollouts = generate(sampler, [prompts[i] for i in chosen], n=args.n, max_new_tokens=args.max_new_tokens,
-                            stop=tokenizer.stop_ids, temperature=args.temperature, seed=args.seed * 2**32 + step, slots=args.slots)
+        rollouts = runtime.sample(generate, sampler, [prompts[i] for i in chosen], n=args.n, max_new_tokens=args.max_new_tokens,
+                                  stop=tokenizer.stop_ids, temperature=args.temperature, seed=args.seed * 2**32 + step, slots=args.slots)
         contexts = [prompts[chosen[r.prompt]] for r in rollouts]
         answers = [r.tokens for r in rollouts]  # N lists
         sampled = time.perf_counter()
 
         # 2. score: log P(a_j | q, a_<j) of policy and start, and log P(a_j | a_<j) of the policy
         with runtime.autocast(args):
-            old_logprobs = answer_logprobs(policy, contexts, answers, micro_tokens=args.micro_tokens)
-            alone_logprobs = answer_logprobs(policy, [alone] * len(answers), answers, micro_tokens=args.micro_tokens)
+            old_logprobs = runtime.score(answer_logprobs, policy, contexts, answers, args.micro_tokens)
+            alone_logprobs = runtime.score(answer_logprobs, policy, [alone] * len(answers), answers, args.micro_tokens)
             start_logprobs = old_logprobs
             if reference:
-                start_logprobs = answer_logprobs(reference, contexts, answers, micro_tokens=args.micro_tokens)
+                start_logprobs = runtime.score(answer_logprobs, reference, contexts, answers, args.micro_tokens)
 
         # 3. reward: R = R_VR + alpha R_SA, or one of its rivals; the advantage within each group
         texts = [tokenizer.decode(r.tokens[:-1] if r.finished else r.tokens) for r in rollouts]
@@ -125,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         alpha = alpha_at(step, args.steps, args.alpha, args.alpha_end)
         rewards = total_reward(args.reward, r_vr, r_sa, old_logprobs, lengths, alpha=alpha, n=args.n)  # (N,)
         advantages = group_advantages(rewards.view(-1, args.n))  # (P, n)
+        token_advantages = [a.expand(len(answer)) for a, answer in zip(advantages.flatten(), answers)]  # N of (len(a),)
         ppl_query = [perplexity(lp).item() for lp in old_logprobs]
         ppl_alone = [perplexity(lp).item() for lp in alone_logprobs]
 
@@ -144,11 +146,12 @@ def main(argv: list[str] | None = None) -> None:
             for first in range(0, args.prompts_per_step, args.minibatch):
                 members = [g * args.n + k for g in order[first:first + args.minibatch] for k in range(args.n)]
                 denominator = args.minibatch * args.n * args.max_new_tokens  # of the whole minibatch, not of a micro-batch
-                for cut in micro_batches([len(contexts[i]) + len(answers[i]) for i in members], args.micro_tokens):
+                for cut in micro_batches([len(contexts[i]) + len(answers[i]) for i in members], args.micro_tokens,
+                                         runtime.processes()):
                     micro = [members[k] for k in cut]
-                    old = torch.cat([old_logprobs[i] for i in micro]).to(args.device)  # (L,)
-                    start = torch.cat([start_logprobs[i] for i in micro]).to(args.device)  # (L,)
-                    advantage = torch.cat([advantages.flatten()[i].expand(len(answers[i])) for i in micro]).to(old)  # (L,)
+                    old = runtime.pick(old_logprobs, micro, args.device)  # (L,)
+                    start = runtime.pick(start_logprobs, micro, args.device)  # (L,)
+                    advantage = runtime.pick(token_advantages, micro, args.device).to(old)  # (L,)
                     with runtime.autocast(args):
                         hidden, targets = answer_hidden(policy, [contexts[i] for i in micro], [answers[i] for i in micro])
                         logprob, entropy = fused_logprob(hidden, policy.unembedding, targets)  # (L,) each
@@ -160,18 +163,21 @@ def main(argv: list[str] | None = None) -> None:
                     if not torch.isfinite(loss):
                         run.stop_on_nan(step, "loss", [record(i) for i in micro])
                     loss.backward()
+                    if not micro:  # no work, but its part in the gradients' sum
+                        continue
                     totals["loss"] += loss.item()
                     totals["entropy"] += entropy.detach().sum().item()
                     totals["kl"] += kl.detach().sum().item()
                     totals["clipped"] += clipped.sum().item()
                     totals["tokens"] += len(old)
                     totals["ratio_max"] = max(totals["ratio_max"], (logprob.detach() - old).max().exp().item())
-                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
+                grad_norm = runtime.clip_gradients(policy, MAX_GRAD_NORM)
                 if not torch.isfinite(grad_norm):
                     run.stop_on_nan(step, "gradient", [record(i) for i in members])
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 totals["grad_norm"].append(grad_norm.item())
+        totals = runtime.add_up(totals | {"peak_memory": runtime.peak_memory_gb(args.device)}, largest=("ratio_max", "peak_memory"))
         updated = time.perf_counter()
 
         # 5. write down everything
@@ -193,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
             "ratio_max": totals["ratio_max"], "mismatch_mean": mismatch.mean().item(), "mismatch_max": mismatch.max().item(),
             "grad_norm": max(totals["grad_norm"]), "lr": args.lr, "tokens": int(lengths.sum()),
             "seconds_sampling": sampled - began, "seconds_scoring": scored - sampled, "seconds_update": updated - scored,
-            "peak_memory_gb": runtime.peak_memory_gb(args.device)}
+            "peak_memory_gb": totals["peak_memory"]}
         run.log("metrics.jsonl", metrics)
         for i in range(len(answers)):
             run.log("completions.jsonl", record(i))
@@ -203,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             runtime.refresh(sampler, policy)
             evaluate_now(done)
-        stop = run.stop_signal  # read once: a signal after this line waits for the next step
+        stop = run.stop_asked()  # once: a signal after this line waits for the next step
         if done % args.save_every == 0 or done == args.steps or stop:
             run.save(done, tokenizer, policy, optimizer)
         if stop:

@@ -40,7 +40,7 @@ class Critic(torch.nn.Module):
     def __init__(self, body: GPT):
         super().__init__()
         self.body = body
-        self.head = torch.nn.Parameter(torch.zeros_like(body.unembedding[0]))  # (D,)
+        self.head = torch.nn.Parameter(torch.zeros(body.config.width, dtype=body.norm.dtype, device=body.norm.device))  # (D,)
 
     @property
     def unembedding(self) -> Tensor:  # where answer_hidden looks for the device
@@ -55,12 +55,13 @@ class Critic(torch.nn.Module):
         return (hidden.to(self.head.dtype) * self.head).sum(-1)  # no matmul: autocast would round it to bfloat16
 
 
-def answer_values(critic: Critic, contexts: list[list[int]], answers: list[list[int]], micro_tokens: int) -> list[Tensor]:
-    """The values of every answer, one float32 (len(a),) tensor each, without gradient."""
+def answer_values(critic: Critic, contexts: list[list[int]], answers: list[list[int]], *, micro_tokens: int,
+                  share: tuple[int, int] = (0, 1)) -> list[Tensor]:
+    """The values of every answer, one float32 (len(a),) tensor each, without gradient; share: as in answer_logprobs."""
     values = [torch.empty(0)] * len(answers)
     filled = [i for i, a in enumerate(answers) if a]
     with torch.no_grad():
-        for cut in micro_batches([len(contexts[i]) + len(answers[i]) for i in filled], micro_tokens):
+        for cut in micro_batches([len(contexts[i]) + len(answers[i]) for i in filled], micro_tokens, share):
             micro = [filled[k] for k in cut]
             flat = critic.values([contexts[i] for i in micro], [answers[i] for i in micro]).cpu()
             for i, piece in zip(micro, flat.split([len(answers[i]) for i in micro])):
@@ -148,12 +149,15 @@ def main(argv: list[str] | None = None) -> None:
     parameters = runtime.count_parameters(folder)
     runtime.warn_if_slow(args, parameters, models=2)
     run = runtime.Run(args, "ppo", parameters, models=2)
-    policy = GPT.from_pretrained(run.checkpoint or folder, device=args.device)  # float32 weights, also on a GPU
-    critic = Critic(GPT.from_pretrained(folder, device=args.device))
+    shard = runtime.sharding(args)  # None for one process
+    policy = GPT.from_pretrained(run.checkpoint or folder, device=args.device, shard=shard)  # float32 weights, also on a GPU
+    critic = Critic(GPT.from_pretrained(folder, device=args.device, shard=shard))
+    if shard:
+        shard(critic)
     reference = None
     if args.kl_coef:
-        reference = GPT.from_pretrained(folder, dtype=getattr(torch, args.dtype), device=args.device).requires_grad_(False)
-    sampler = runtime.sampler_for(policy, args)
+        reference = GPT.from_pretrained(folder, dtype=getattr(torch, args.dtype), device=args.device, shard=shard).requires_grad_(False)
+    sampler = runtime.sampler_for(policy, args, GPT)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_lr, weight_decay=WEIGHT_DECAY, fused=True)
     if run.checkpoint:
@@ -175,20 +179,20 @@ def main(argv: list[str] | None = None) -> None:
         began = time.perf_counter()
         chosen = runtime.batch_of(problems, step, args.prompts_per_step, args.seed)
         runtime.refresh(sampler, policy)
-        rollouts = generate(sampler, [prompts[i] for i in chosen], n=args.n, max_new_tokens=args.max_new_tokens,
-                            stop=tokenizer.stop_ids, temperature=args.temperature, seed=args.seed * 2**32 + step, slots=args.slots)
+        rollouts = runtime.sample(generate, sampler, [prompts[i] for i in chosen], n=args.n, max_new_tokens=args.max_new_tokens,
+                                  stop=tokenizer.stop_ids, temperature=args.temperature, seed=args.seed * 2**32 + step, slots=args.slots)
         contexts = [prompts[chosen[r.prompt]] for r in rollouts]
         answers = [r.tokens for r in rollouts]  # N lists
         sampled = time.perf_counter()
 
         # 2. score: log P(a_j | q, a_<j) of policy and start, log P(a_j | a_<j) of the policy, and V_j of the critic
         with runtime.autocast(args):
-            old_logprobs = answer_logprobs(policy, contexts, answers, micro_tokens=args.micro_tokens)
-            alone_logprobs = answer_logprobs(policy, [alone] * len(answers), answers, micro_tokens=args.micro_tokens)
+            old_logprobs = runtime.score(answer_logprobs, policy, contexts, answers, args.micro_tokens)
+            alone_logprobs = runtime.score(answer_logprobs, policy, [alone] * len(answers), answers, args.micro_tokens)
             start_logprobs = old_logprobs
             if reference:
-                start_logprobs = answer_logprobs(reference, contexts, answers, micro_tokens=args.micro_tokens)
-            old_values = answer_values(critic, contexts, answers, args.micro_tokens)
+                start_logprobs = runtime.score(answer_logprobs, reference, contexts, answers, args.micro_tokens)
+            old_values = runtime.score(answer_values, critic, contexts, answers, args.micro_tokens)
 
         # 3. reward: R = R_VR + alpha R_SA, or one of its rivals, at the last token; advantages by GAE, whitened over the batch
         texts = [tokenizer.decode(r.tokens[:-1] if r.finished else r.tokens) for r in rollouts]
@@ -226,11 +230,12 @@ def main(argv: list[str] | None = None) -> None:
             for first in range(0, args.prompts_per_step, args.minibatch):
                 members = [g * args.n + k for g in order[first:first + args.minibatch] for k in range(args.n)]
                 denominator = sum(len(answers[i]) for i in members)  # of the whole minibatch, not of a micro-batch
-                for cut in micro_batches([len(contexts[i]) + len(answers[i]) for i in members], args.micro_tokens):
+                for cut in micro_batches([len(contexts[i]) + len(answers[i]) for i in members], args.micro_tokens,
+                                         runtime.processes()):
                     micro = [members[k] for k in cut]
-                    old = torch.cat([old_logprobs[i] for i in micro]).to(args.device)  # (L,)
-                    start = torch.cat([start_logprobs[i] for i in micro]).to(args.device)  # (L,)
-                    advantage = torch.cat([advantages[i] for i in micro]).to(old)  # (L,)
+                    old = runtime.pick(old_logprobs, micro, args.device)  # (L,)
+                    start = runtime.pick(start_logprobs, micro, args.device)  # (L,)
+                    advantage = runtime.pick(advantages, micro, args.device).to(old)  # (L,)
                     with runtime.autocast(args):
                         hidden, targets = answer_hidden(policy, [contexts[i] for i in micro], [answers[i] for i in micro])
                         logprob, entropy = fused_logprob(hidden, policy.unembedding, targets)  # (L,) each
@@ -242,14 +247,16 @@ def main(argv: list[str] | None = None) -> None:
                     if not torch.isfinite(loss):
                         run.stop_on_nan(step, "loss", [record(i) for i in micro])
                     loss.backward()  # before the critic's forward: only one of the two graphs is in memory
-                    old_value = torch.cat([old_values[i] for i in micro]).to(args.device)  # (L,)
-                    target = torch.cat([returns[i] for i in micro]).to(old)  # (L,)
+                    old_value = runtime.pick(old_values, micro, args.device)  # (L,)
+                    target = runtime.pick(returns, micro, args.device).to(old)  # (L,)
                     with runtime.autocast(args):
                         value = critic.values([contexts[i] for i in micro], [answers[i] for i in micro])  # (L,)
                     critic_loss = value_loss(value, old_value, target).sum() / denominator
                     if not torch.isfinite(critic_loss):
                         run.stop_on_nan(step, "value loss", [record(i) for i in micro])
                     critic_loss.backward()
+                    if not micro:  # no work, but its part in the gradients' sum
+                        continue
                     totals["loss"] += loss.item()
                     totals["value_loss"] += critic_loss.item()
                     totals["entropy"] += entropy.detach().sum().item()
@@ -257,8 +264,8 @@ def main(argv: list[str] | None = None) -> None:
                     totals["clipped"] += clipped.sum().item()
                     totals["tokens"] += len(old)
                     totals["ratio_max"] = max(totals["ratio_max"], (logprob.detach() - old).max().exp().item())
-                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
-                critic_grad_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), MAX_GRAD_NORM)
+                grad_norm = runtime.clip_gradients(policy, MAX_GRAD_NORM)
+                critic_grad_norm = runtime.clip_gradients(critic, MAX_GRAD_NORM)
                 if not torch.isfinite(grad_norm + critic_grad_norm):
                     run.stop_on_nan(step, "gradient", [record(i) for i in members])
                 if step >= args.critic_warmup:
@@ -268,6 +275,7 @@ def main(argv: list[str] | None = None) -> None:
                 critic_optimizer.zero_grad(set_to_none=True)
                 totals["grad_norm"].append(grad_norm.item())
                 totals["critic_grad_norm"].append(critic_grad_norm.item())
+        totals = runtime.add_up(totals | {"peak_memory": runtime.peak_memory_gb(args.device)}, largest=("ratio_max", "peak_memory"))
         updated = time.perf_counter()
 
         # 5. write down everything
@@ -292,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
             "grad_norm": max(totals["grad_norm"]), "critic_grad_norm": max(totals["critic_grad_norm"]), "lr": args.lr,
             "tokens": int(lengths.sum()),
             "seconds_sampling": sampled - began, "seconds_scoring": scored - sampled, "seconds_update": updated - scored,
-            "peak_memory_gb": runtime.peak_memory_gb(args.device)}
+            "peak_memory_gb": totals["peak_memory"]}
         run.log("metrics.jsonl", metrics)
         for i in range(len(answers)):
             run.log("completions.jsonl", record(i))
@@ -302,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             runtime.refresh(sampler, policy)
             evaluate_now(done)
-        stop = run.stop_signal  # read once: a signal after this line waits for the next step
+        stop = run.stop_asked()  # once: a signal after this line waits for the next step
         if done % args.save_every == 0 or done == args.steps or stop:
             run.save(done, tokenizer, policy, optimizer, critic, critic_optimizer)
         if stop:

@@ -1,0 +1,258 @@
+"""The training scripts under torchrun (gloo, CPU): the same run for any number of processes. SA_SLOW=1 adds what takes minutes:
+failures, kills, two nodes, extreme raggedness."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import runtime
+import train_sa_grpo
+import train_sa_ppo
+from sar import micro_batches
+from test_train_grpo import TIMES, lines, runs  # noqa: F401  (runs is a fixture)
+
+ROOT = Path(__file__).resolve().parent.parent
+slow = pytest.mark.skipif(not os.environ.get("SA_SLOW"), reason="SA_SLOW=1 runs it")
+GRPO = ["--prompts-per-step", "6", "--minibatch", "3", "--n", "3", "--max-new-tokens", "40", "--eval-every", "0", "--save-every", "2",
+        "--steps", "2", "--micro-tokens", "300"]
+PPO = ["--prompts-per-step", "10", "--minibatch", "5", "--max-new-tokens", "40", "--eval-every", "0", "--save-every", "2", "--steps", "2",
+       "--micro-tokens", "200", "--kl-coef", "0.01"]
+# one answer for two of three processes, all rewards equal (nobody is done after four tokens)
+IDLE = ["--prompts-per-step", "1", "--minibatch", "1", "--n", "2", "--max-new-tokens", "4", "--eval-every", "0", "--save-every", "2",
+        "--steps", "2", "--reward", "vr", "--kl-coef", "0"]
+
+# Runs scripts one after the other; the gradients that every optimizer step sees go to a file beside the run's folder.
+WORKER = """
+import json, sys, torch, runtime, train_sa_grpo, train_sa_ppo
+from safetensors.torch import save_file
+step = torch.optim.AdamW.step
+def record(self, closure=None):
+    grads = [runtime.whole(p.grad).clone() for g in self.param_groups for p in g["params"] if p.grad is not None]
+    if runtime.processes()[0] == 0:
+        seen.append(torch.cat([g.flatten() for g in grads]))
+    return step(self, closure)
+torch.optim.AdamW.step = record
+with runtime.user_errors():
+    for script, argv in json.loads(sys.argv[1]):
+        seen = []
+        {"grpo": train_sa_grpo, "ppo": train_sa_ppo}[script].main(argv)
+        if runtime.processes()[0] == 0:
+            name = argv[argv.index("--run") + 1]
+            save_file({str(i): g for i, g in enumerate(seen)}, runtime.RUNS / f"{name}.gradients")
+"""
+
+
+def torchrun(world, code, *argv, folder, options=(), timeout=240, check=True):
+    env = os.environ | {"SA_RUNS": str(folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *(options or ["--standalone"]), "--nproc-per-node", str(world),
+                           "--no-python", "--", sys.executable, "-c", code, *map(str, argv)],
+                          cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    assert not check or done.returncode == 0, done.stderr[-6000:]
+    return done
+
+
+def alone(jobs, folder):
+    """The same without torchrun."""
+    env = os.environ | {"SA_RUNS": str(folder), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", WORKER, json.dumps(jobs)], cwd=ROOT, env=env, check=True, capture_output=True)
+
+
+def assert_same(a, b, step="step_000002", files=("model", "optimizer")):
+    """Tokens exactly; gradients, weights and optimizer state to 1e-6 of their norm; everything written down as closely."""
+    for x, y in zip(lines(a / "completions.jsonl"), lines(b / "completions.jsonl"), strict=True):
+        assert x.keys() == y.keys()
+        for key in x:
+            assert x[key] == (pytest.approx(y[key], rel=1e-4, abs=1e-5) if isinstance(x[key], float) else y[key]), key
+    for x, y in zip(lines(a / "metrics.jsonl"), lines(b / "metrics.jsonl"), strict=True):
+        for key in x.keys() - TIMES:
+            assert x[key] == pytest.approx(y[key], rel=1e-4, abs=1e-5), key
+    for one, two in [(a / step / f"{name}.safetensors", b / step / f"{name}.safetensors") for name in files]:
+        one, two = load_file(one), load_file(two)
+        assert one.keys() == two.keys()
+        for key in one:
+            assert (one[key] - two[key]).norm() <= 1e-6 * one[key].norm() or key.endswith("exp_avg_sq"), key
+
+
+def assert_same_gradients(folder, a, b):
+    one, two = load_file(folder / f"{a}.gradients"), load_file(folder / f"{b}.gradients")
+    assert one.keys() == two.keys() and len(one)
+    for key in sorted(one, key=int)[:1]:
+        print(a, b, key, one[key].norm().item(), ((one[key] - two[key]).norm() / one[key].norm()).item())
+        assert (one[key] - two[key]).norm() <= 1e-6 * one[key].norm()
+
+
+def test_shares_of_micro_batches(rng):
+    for _ in range(200):
+        lengths = [int(rng.paretovariate(1) * 20) + 1 for _ in range(rng.randrange(0, 30))]
+        budget, K = rng.randrange(1, 600), rng.randrange(1, 6)
+        shares = [micro_batches(lengths, budget, (k, K)) for k in range(K)]
+        assert len({len(s) for s in shares}) == 1  # as many for each
+        assert sorted(i for s in shares for cut in s for i in cut) == list(range(len(lengths)))  # every sequence once
+        assert all(len(cut) == 1 or len(cut) * max(lengths[i] for i in cut) <= budget for s in shares for cut in s if cut)
+        assert len(shares[0]) == -(-len(micro_batches(lengths, budget)) // K)  # no more rounds than needed
+        assert shares == [micro_batches(lengths, budget)] or K > 1
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The runs of one process, which those of several are compared with."""
+    folder = tmp_path_factory.mktemp("alone")
+    alone([("grpo", [*GRPO, "--run", "grpo"]), ("ppo", [*PPO, "--run", "ppo"]), ("grpo", [*IDLE, "--run", "idle"])], folder)
+    return folder
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_same_run_for_any_number_of_processes(reference, world, tmp_path):
+    """Both scripts, uneven batches, processes without work, a group whose rewards are all equal; then a checkpoint of one process
+    continued by several, and theirs by one."""
+    names = [f"grpo{world}", f"ppo{world}", f"idle{world}"]
+    torchrun(world, WORKER, json.dumps([("grpo", [*GRPO, "--run", names[0]]), ("ppo", [*PPO, "--run", names[1]]),
+                                        ("grpo", [*IDLE, "--run", names[2]])]), folder=tmp_path)
+    for name in names:
+        (reference / f"{name}.gradients").write_bytes((tmp_path / f"{name}.gradients").read_bytes())
+        assert_same_gradients(reference, name[:-1], name)
+    assert_same(reference / "grpo", tmp_path / names[0])
+    assert_same(reference / "ppo", tmp_path / names[1], files=("model", "optimizer", "critic", "critic_optimizer"))
+    assert_same(reference / "idle", tmp_path / names[2])
+    for name in names:
+        for file in (tmp_path / name / "step_000002").glob("*.safetensors"):  # written piece by piece, the file is save_file's
+            with runtime.safe_open(file, "pt") as f:
+                save_file({key: f.get_tensor(key) for key in f.keys()}, tmp_path / "again", f.metadata())
+            assert file.read_bytes() == (tmp_path / "again").read_bytes()
+        assert {f.name for f in (tmp_path / name / "step_000002").iterdir()} == {f.name for f in (reference / name[:-1] / "step_000002").iterdir()}
+
+
+# ---- what takes minutes ----
+
+
+@slow
+@pytest.mark.parametrize("script", ["grpo", "ppo"])
+def test_checkpoints_do_not_know_how_many_wrote_them(script, tmp_path):
+    """1 -> 2 -> 1 processes and 3 -> 1 -> 2 across resumes: the weights of six steps of one process without interruption."""
+    base = [*{"grpo": GRPO, "ppo": PPO}[script], "--save-every", "2"]
+    alone([(script, [*base, "--run", "whole", "--steps", "6"])], tmp_path)
+    for name, worlds in (("up", (1, 2, 1)), ("down", (3, 1, 2))):
+        for i, world in enumerate(worlds):
+            job = [(script, [*base, "--run", name, "--steps", str(2 * i + 2), *(["--resume"] if i else [])])]
+            alone(job, tmp_path) if world == 1 else torchrun(world, WORKER, json.dumps(job), folder=tmp_path)
+        files = ("model", "optimizer", "critic", "critic_optimizer")[:2 if script == "grpo" else 4]
+        assert_same(tmp_path / "whole", tmp_path / name, "step_000006", files)
+        assert [r["versions"]["processes"] for r in json.loads((tmp_path / name / "config.json").read_text())["resumes"]] == list(worlds[1:])
+
+
+@slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_extreme_raggedness(world, tmp_path, rng):
+    """Answers of 1 to 200 tokens, micro-batches from one answer to all, more processes than answers, one slot: nobody waits for
+    ever, and every token is that of one process."""
+    jobs = []
+    for i in range(6):
+        P = rng.choice([1, 2, 5, 7])
+        jobs.append(("grpo", ["--prompts-per-step", str(P), "--minibatch", str(rng.choice([1, P])), "--n", str(rng.choice([2, 3, 5])),
+                              "--max-new-tokens", str(rng.choice([1, 2, 30, 200])), "--temperature", str(rng.choice([0.3, 1.0, 3.0])),
+                              "--micro-tokens", str(rng.choice([1, 150, 500, 100_000])), "--eval-every", "0", "--steps", "1",
+                              "--seed", str(rng.randrange(1000)), *rng.choice([[], ["--slots", "1"], ["--slots", "1000"]]), "--run", f"r{i}"]))
+        print(jobs[-1])
+    (tmp_path / "one").mkdir()
+    (tmp_path / "many").mkdir()
+    alone(jobs, tmp_path / "one")
+    torchrun(world, WORKER, json.dumps(jobs), folder=tmp_path / "many")
+    for i in range(6):
+        a, b = lines(tmp_path / "one" / f"r{i}" / "completions.jsonl"), lines(tmp_path / "many" / f"r{i}" / "completions.jsonl")
+        assert [x["tokens"] for x in a] == [x["tokens"] for x in b]
+
+
+# Something happens to one process: argv is process, function of runtime, at which call of it, what, then the script's arguments.
+TROUBLE = """
+import os, signal, sys, time, runtime, train_sa_grpo
+who, where, when, what = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+real, calls = getattr(runtime, where), 0
+def troubled(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == when and runtime.processes()[0] == who and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if what == "mistake":
+            raise ValueError("broken on purpose")
+        if what == "bug":
+            raise KeyError("a bug on purpose")
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGTERM}[what])
+    return real(*args, **kwargs)
+setattr(runtime, where, troubled)
+with runtime.user_errors():
+    train_sa_grpo.main(sys.argv[5:])
+"""
+
+
+@slow
+@pytest.mark.parametrize("what, words", [("mistake", "process 1: broken on purpose"), ("bug", "process 1: KeyError: 'a bug on purpose'")])
+@pytest.mark.parametrize("where", ["sample", "clip_gradients"])
+def test_an_error_of_one_process_ends_all_and_is_shown(tmp_path, what, words, where):
+    began = time.time()
+    done = torchrun(3, TROUBLE, 1, where, 2, what, *GRPO, "--run", "e", "--steps", 1000, folder=tmp_path, check=False)
+    print(done.stderr)
+    assert done.returncode != 0 and f"error: {words}" in done.stderr and f"error: ended by {words}" in done.stderr
+    assert ("Traceback" in done.stderr) == (what == "bug") and words.split(": ", 1)[1] in (tmp_path / "e" / "process_1.log").read_text()
+    assert time.time() - began < 60
+
+
+@slow
+@pytest.mark.parametrize("who, where, when", [(1, "sample", 3), (0, "whole", 130), (1, "score", 8)])
+def test_killed_restarted_and_resumed_equals_undisturbed(tmp_path, who, where, when):
+    """kill -9 while sampling in step 3, while a checkpoint is written, while scoring: torchrun starts all processes again."""
+    argv = [*GRPO, "--steps", "4", "--resume"]
+    done = torchrun(2, TROUBLE, who, where, when, "kill", *argv, "--run", "killed", folder=tmp_path, options=["--standalone", "--max-restarts", "1"])
+    assert "note: there is no run killed yet: starting it" in done.stderr
+    config = json.loads((tmp_path / "killed" / "config.json").read_text())
+    assert len(config["resumes"]) == 1  # it did happen
+    print(config["resumes"][0]["step"])
+    torchrun(2, TROUBLE, 9, where, when, "kill", *argv, "--run", "undisturbed", folder=tmp_path)
+    a, b = tmp_path / "killed", tmp_path / "undisturbed"
+    assert (a / "completions.jsonl").read_bytes() == (b / "completions.jsonl").read_bytes()
+    for name in ("model", "optimizer"):
+        assert (a / "step_000004" / f"{name}.safetensors").read_bytes() == (b / "step_000004" / f"{name}.safetensors").read_bytes()
+
+
+@slow
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    done = torchrun(2, TROUBLE, 1, "sample", 2, "stop", *GRPO, "--run", "s", "--steps", "1000", folder=tmp_path, check=False)
+    assert "stopped and saved step_000002; go on with" in done.stderr and len(lines(tmp_path / "s" / "metrics.jsonl")) == 2
+    assert "SIGTERM: finishing this step" in (tmp_path / "s" / "process_1.log").read_text()
+
+
+@slow
+def test_stopping_torchrun_saves(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", "train_sa_grpo.py", *GRPO, "--run", "t",
+               "--steps", "1000"]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"SA_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "t" / "metrics.jsonl"
+    deadline = time.time() + 90
+    while time.time() < deadline and not (log.exists() and log.read_text().count("\n") >= 1):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert "stopped and saved" in errors and (tmp_path / "t" / f"step_{len(lines(log)):06d}" / "optimizer.safetensors").exists()
+
+
+@slow
+def test_two_nodes(reference, tmp_path):
+    """Two torchrun agents that meet on the loopback device: only process 0 writes and draws, the other keeps a log."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "two", "--local-addr", "127.0.0.1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", "1", "--", "train_sa_grpo.py", *GRPO, "--run", "nodes"]
+    env = os.environ | {"SA_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    nodes = [subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    shown = [node.communicate(timeout=240) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], shown
+    assert_same(reference / "grpo", tmp_path / "nodes")
+    assert sum("SA-GRPO: 100%" in err for _, err in shown) == 1 and sum("metrics.jsonl" in out for out, _ in shown) == 1
+    assert (tmp_path / "nodes" / "process_1.log").exists() and not (tmp_path / "nodes" / "process_0.log").exists()
