@@ -10,14 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import runtime
-import train_sa_grpo
-import train_sa_ppo
 from sar import micro_batches
-from test_train_grpo import TIMES, lines, runs  # noqa: F401  (runs is a fixture)
+from test_train_grpo import TIMES, lines
 
 ROOT = Path(__file__).resolve().parent.parent
 slow = pytest.mark.skipif(not os.environ.get("SA_SLOW"), reason="SA_SLOW=1 runs it")
@@ -66,7 +63,8 @@ def alone(jobs, folder):
 
 
 def assert_same(a, b, step="step_000002", files=("model", "optimizer")):
-    """Tokens exactly; gradients, weights and optimizer state to 1e-6 of their norm; everything written down as closely."""
+    """Tokens exactly; weights to 1e-6 of their norm; optimizer state, which follows gradients of weights that differ by that, and what
+    is written down, about as closely."""
     for x, y in zip(lines(a / "completions.jsonl"), lines(b / "completions.jsonl"), strict=True):
         assert x.keys() == y.keys()
         for key in x:
@@ -74,8 +72,8 @@ def assert_same(a, b, step="step_000002", files=("model", "optimizer")):
     for x, y in zip(lines(a / "metrics.jsonl"), lines(b / "metrics.jsonl"), strict=True):
         for key in x.keys() - TIMES:
             assert x[key] == pytest.approx(y[key], rel=1e-4, abs=1e-5), key
-    for one, two in [(a / step / f"{name}.safetensors", b / step / f"{name}.safetensors") for name in files]:
-        one, two = load_file(one), load_file(two)
+    for place in files:
+        one, two = (load_file(folder / step / f"{place}.safetensors") for folder in (a, b))
         assert one.keys() == two.keys()
         for key in one:
             assert (one[key] - two[key]).norm() <= 1e-6 * one[key].norm() or key.endswith("exp_avg_sq"), key
@@ -84,8 +82,8 @@ def assert_same(a, b, step="step_000002", files=("model", "optimizer")):
 def assert_same_gradients(folder, a, b):
     one, two = load_file(folder / f"{a}.gradients"), load_file(folder / f"{b}.gradients")
     assert one.keys() == two.keys() and len(one)
-    for key in sorted(one, key=int)[:1]:
-        print(a, b, key, one[key].norm().item(), ((one[key] - two[key]).norm() / one[key].norm()).item())
+    for key in sorted(one, key=int)[:1 if b[:3] != "ppo" else 2]:  # before any weight has changed
+        print(f"gradient {key} of {b}: {one[key].norm():.3e}, {(one[key] - two[key]).norm() / one[key].norm():.1e}")
         assert (one[key] - two[key]).norm() <= 1e-6 * one[key].norm()
 
 
@@ -111,8 +109,7 @@ def reference(tmp_path_factory):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_same_run_for_any_number_of_processes(reference, world, tmp_path):
-    """Both scripts, uneven batches, processes without work, a group whose rewards are all equal; then a checkpoint of one process
-    continued by several, and theirs by one."""
+    """Both scripts, uneven batches, processes without work, a group whose rewards are all equal; the same files in the checkpoint."""
     names = [f"grpo{world}", f"ppo{world}", f"idle{world}"]
     torchrun(world, WORKER, json.dumps([("grpo", [*GRPO, "--run", names[0]]), ("ppo", [*PPO, "--run", names[1]]),
                                         ("grpo", [*IDLE, "--run", names[2]])]), folder=tmp_path)
