@@ -75,8 +75,9 @@ def assert_same(a, b, step="step_000002", files=("model", "optimizer")):
     for place in files:
         one, two = (load_file(folder / step / f"{place}.safetensors") for folder in (a, b))
         assert one.keys() == two.keys()
-        for key in one:
-            assert (one[key] - two[key]).norm() <= 1e-6 * one[key].norm() or key.endswith("exp_avg_sq"), key
+        worst = max(((one[key] - two[key]).norm() / (one[key].norm() + 1e-30)).item() for key in one)
+        print(f"{a.name} {b.name} {step} {place}: {worst:.1e}")
+        assert worst <= (1e-4 if "optimizer" in place else 1e-6), place
 
 
 def assert_same_gradients(folder, a, b):
