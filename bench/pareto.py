@@ -65,6 +65,10 @@ def table(base: dict, ends: dict[str, list[dict]]) -> str:
     return "\n".join(rows + [f"\nAfter {step} steps; {base['problems']} held-out problems, greedy; mean ± standard error."])
 
 
+def standard_error(values: list[float]) -> float:
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
 def pareto_front(points: dict[str, tuple[float, float]]) -> list[tuple[float, float]]:
     """The (length, accuracy) points that no other one beats in both, from the shortest to the most accurate."""
     front: list[tuple[float, float]] = []
@@ -75,27 +79,34 @@ def pareto_front(points: dict[str, tuple[float, float]]) -> list[tuple[float, fl
 
 
 def draw_pareto(plt, base: dict, ends: dict[str, list[dict]], path: Path) -> None:
-    def error(values: list[float]) -> float:
-        return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    points = {"base": (base["length"], 100 * base["accuracy"])}
-    points |= {name: (mean(e["length"] for e in last), 100 * mean(e["accuracy"] for e in last)) for name, last in ends.items()}
+    """Accuracy against length: everything on the left, the accurate ones close up on the right."""
+    points, errors = {}, {}
+    for name, last in {"base": [base], **ends}.items():
+        lengths, accuracies = [e["length"] for e in last], [100 * e["accuracy"] for e in last]
+        points[name], errors[name] = (mean(lengths), mean(accuracies)), (standard_error(lengths), standard_error(accuracies))
     front = pareto_front(points)
-    right_edge = max(x for x, _ in points.values())
-    axes.step(*zip(*front, (right_edge, front[-1][1])), where="post", color="0.8", lw=4, zorder=0, label="Pareto front")
+    front = [(front[0][0], 0), *front, (max(x for x, _ in points.values()) + 5, front[-1][1])]
     sweep = [name for name in points if name.removeprefix("SAR ").replace(".", "").isdigit()]
-    axes.plot(*zip(*(points[name] for name in sweep)), color=LOOK["SAR"][0], lw=1, zorder=1)
-    for name, (x, y) in points.items():
-        colour, marker, _ = LOOK["SAR" if name in sweep else name]
-        last = ends.get(name, [])
-        axes.errorbar(x, y, xerr=error([e["length"] for e in last]), yerr=100 * error([e["accuracy"] for e in last]), color=colour,
-                      marker=marker, ms=11 if name == "base" else 7, capsize=3, lw=1, ls="none",
-                      label=("SAR, several alpha" if name == sweep[0] else None) if name in sweep else name)
-        if name in sweep:
-            axes.annotate(name.removeprefix("SAR "), (x, y), xytext=(5, 5), textcoords="offset points", color=colour, fontsize=9)
-    axes.set(xlabel="mean answer length (tokens)", ylabel="accuracy (%), greedy, held-out problems")
-    axes.grid(color="0.92")
-    axes.legend(fontsize=8, loc="lower right", frameon=False)
+    best = max(y for _, y in points.values())
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    for panel, lowest in zip(panels, (None, best - 6)):
+        panel.step(*zip(*front), where="post", color="0.8", lw=5, zorder=0, label="Pareto front")
+        panel.plot(*zip(*[points[name] for name in sweep]), color=LOOK["SAR"][0], lw=1, zorder=1)
+        for name, (x, y) in points.items():
+            if lowest and y < lowest:
+                continue
+            colour, marker, _ = LOOK["SAR" if name in sweep else name]
+            label = name if name not in sweep else "SAR, by its alpha" if name == sweep[0] else None
+            panel.errorbar(x, y, xerr=errors[name][0], yerr=errors[name][1], color=colour, marker=marker, ms=11 if marker == "*" else 7,
+                           mfc="white" if marker in "osv^" else colour, capsize=3, lw=1, ls="none", label=label)
+            if lowest and name in sweep:  # labels above and below in turn: neighbours may coincide
+                panel.annotate(name.removeprefix("SAR "), (x, y), xytext=(6, -13 if sweep.index(name) % 2 else 6),
+                               textcoords="offset points", color=colour, fontsize=9)
+        panel.set(xlabel="mean answer length (tokens)", ylabel="accuracy (%), greedy, held-out problems")
+        panel.set_ylim(lowest, best + 0.7 if lowest else 104)
+        panel.grid(color="0.92")
+    panels[1].set_title("close up", fontsize=10)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -111,7 +122,7 @@ def draw_curves(plt, names: dict[str, list[str]], path: Path) -> None:
             smooth = [mean(average[max(0, i - 4):i + 1]) for i in range(len(average))]
             colour, _, dashes = LOOK["SAR" if name == "SAR 0.2" else name]
             panel.plot(range(1, len(smooth) + 1), smooth, color=colour, ls=dashes, lw=1.4, label=name)
-        panel.set(title=title, xlabel="step")
+        panel.set(title=title, xlabel="step", yscale="log" if key == "kl" else "linear")
         panel.grid(color="0.92")
     axes.flat[-1].axis("off")
     axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), loc="center", frameon=False)
