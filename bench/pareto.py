@@ -11,10 +11,9 @@ unfinished ones resumed. Table and figures go to --out: pareto.md, pareto.svg (a
 import argparse
 import os
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-from bench.seeds import lines, results, run_all, spread
-from evaluate import aes
+from bench.seeds import collect, lines, run_all, standard_error, table
 from runtime import RUNS, user_errors
 
 STUDY = {  # name: flags of train_sa_grpo.py
@@ -37,36 +36,9 @@ LOOK = {"base": ("black", "*", "-"), "GRPO": ("black", "s", "-"), "SAR": ("#0072
         "ER": ("#D55E00", "d", "-.")}
 
 
-def run_names(name: str, seeds: int, quick: bool) -> list[str]:
-    slug = name.lower().replace(" + ", "+").replace(" ", "-")
-    return [f"pareto-{'quick-' if quick else ''}{slug}-s{seed}" for seed in range(seeds)]
-
-
-def collect(seeds: int, quick: bool) -> tuple[dict, dict[str, list[dict]]]:
-    """The base's evaluation, and of each reward those at the end of its finished runs."""
-    ends, base = {}, None
-    for name in STUDY:
-        first, last = results(run_names(name, seeds, quick))
-        ends[name] = [e for e in last if e["step"] > 0]
-        base = base or (first[0] if first else None)
-    steps = {e["step"] for last in ends.values() for e in last}
-    if len(steps) != 1:
-        raise ValueError(f"the runs of the study end at different steps ({sorted(steps)}) or none is finished: leave --draw out")
-    return base, {name: last for name, last in ends.items() if last}
-
-
-def table(base: dict, ends: dict[str, list[dict]]) -> str:
-    rows = ["| reward | accuracy (%) | mean tokens | AES | seeds |", "|---|---|---|---|---|",
-            f"| base | {100 * base['accuracy']:.1f} | {base['length']:.1f} | | |"]
-    for name, last in ends.items():
-        rows.append(f"| {name} | {spread([100 * e['accuracy'] for e in last], '.1f')} | {spread([e['length'] for e in last], '.1f')} | "
-                    f"{spread([aes(e, base) for e in last], '.2f')} | {len(last)} |")
-    step = next(iter(ends.values()))[0]["step"]
-    return "\n".join(rows + [f"\nAfter {step} steps; {base['problems']} held-out problems, greedy; mean ± standard error."])
-
-
-def standard_error(values: list[float]) -> float:
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+def run_names(seeds: int, quick: bool) -> dict[str, list[str]]:
+    slugs = {name: ("quick-" if quick else "") + name.lower().replace(" + ", "+").replace(" ", "-") for name in STUDY}
+    return {name: [f"pareto-{slug}-s{seed}" for seed in range(seeds)] for name, slug in slugs.items()}
 
 
 def pareto_front(points: dict[str, tuple[float, float]]) -> list[tuple[float, float]]:
@@ -142,19 +114,18 @@ def main() -> None:
     except ModuleNotFoundError:
         raise ValueError("the figures need matplotlib: pip install -r requirements-dev.txt") from None
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "pareto"  # the same runs give the same file
+    matplotlib.rcParams |= {"svg.hashsalt": "pareto", "svg.fonttype": "none"}  # the same runs give the same file; letters stay letters
     import matplotlib.pyplot as plt
-    seeds = 1 if args.quick else args.seeds
+    seeds, size = (1, QUICK) if args.quick else (args.seeds, SIZE)
+    names = run_names(seeds, args.quick)
     if not args.draw:
-        size = QUICK if args.quick else SIZE
-        run_all([("grpo", run_names(name, seeds, args.quick)[seed], [*STUDY[name], *size, "--seed", str(seed), *flags])
-                 for seed in range(seeds) for name in STUDY], args.jobs)  # all rewards of a seed before the next seed
-    base, ends = collect(seeds, args.quick)
+        run_all([("grpo", names[row][seed], [*STUDY[row], *size, "--seed", str(seed), *flags])
+                 for seed in range(seeds) for row in STUDY], args.jobs)  # all rewards of a seed before the next seed
+    base, ends = collect(names)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "pareto.md").write_text(table(base, ends) + "\n")
     draw_pareto(plt, base, ends, args.out / "pareto.svg")
-    shown = {name: run_names(name, seeds, args.quick) for name in ends if name in LOOK or name == "SAR 0.2"}
-    draw_curves(plt, shown, args.out / "pareto-curves.svg")
+    draw_curves(plt, {row: names[row] for row in ends if row in LOOK or row == "SAR 0.2"}, args.out / "pareto-curves.svg")
     print(table(base, ends) + f"\n\n{args.out}: pareto.md, pareto.svg, pareto-curves.svg")
 
 

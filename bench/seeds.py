@@ -20,8 +20,6 @@ from tqdm import tqdm
 from evaluate import aes
 from runtime import HERE, RUNS, user_errors
 
-REWARDS = ("vr", "sar")
-
 
 def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -56,31 +54,32 @@ def run_all(runs: list[tuple[str, str, list[str]]], jobs: int) -> None:
             raise
 
 
-def results(names: list[str]) -> tuple[list[dict], list[dict]]:
-    """The first and the last evaluation of every run that is there."""
-    evals = [e for e in (lines(RUNS / name / "evals.jsonl") for name in names) if e]
-    return [e[0] for e in evals], [e[-1] for e in evals]
+def collect(names: dict[str, list[str]]) -> tuple[dict, dict[str, list[dict]]]:
+    """The base's evaluation, and for each row of a table those at the end of its finished runs; names: {row: names of runs}."""
+    evals = {row: [e for e in (lines(RUNS / run / "evals.jsonl") for run in runs) if e] for row, runs in names.items()}
+    ends = {row: [e[-1] for e in logs if e[-1]["step"] > 0] for row, logs in evals.items()}
+    steps = {e["step"] for last in ends.values() for e in last}
+    if len(steps) != 1:
+        raise ValueError(f"the runs end at different steps ({sorted(steps)}), or none of them is finished")
+    return next(logs[0][0] for logs in evals.values() if logs), {row: last for row, last in ends.items() if last}
+
+
+def standard_error(values: list[float]) -> float:
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def spread(values: list[float], form: str) -> str:
-    error = f" ± {stdev(values) / len(values) ** 0.5:{form}}" if len(values) > 1 else ""
-    return f"{mean(values):{form}}{error}"
+    return f"{mean(values):{form}}" + (f" ± {standard_error(values):{form}}" if len(values) > 1 else "")
 
 
-def table(algorithm: str, seeds: int) -> str:
-    lines = ["| | accuracy (%) | mean tokens | AES | seeds |", "|---|---|---|---|---|"]
-    names = {reward: [f"seeds-{algorithm}-{reward}-s{seed}" for seed in range(seeds)] for reward in REWARDS}
-    ends = {reward: results(names[reward])[1] for reward in REWARDS}
-    steps = {r["step"] for last in ends.values() for r in last}
-    if len(steps) != 1 or not all(ends.values()):
-        raise ValueError(f"the runs end at different steps ({sorted(steps)}) or are not there: finish them without --table")
-    base = results(names["sar"])[0][0]
-    lines.append(f"| base | {100 * base['accuracy']:.1f} | {base['length']:.1f} | | |")
-    for reward, name in zip(REWARDS, (algorithm.upper(), f"SA-{algorithm.upper()}")):
-        last = ends[reward]
-        lines.append(f"| {name} | {spread([100 * r['accuracy'] for r in last], '.1f')} | {spread([r['length'] for r in last], '.1f')} | "
-                     f"{spread([aes(r, base) for r in last], '.2f')} | {len(last)} |")
-    return "\n".join(lines + [f"\nafter {last[0]['step']} steps; {base['problems']} held-out problems, greedy; mean ± standard error"])
+def table(base: dict, ends: dict[str, list[dict]]) -> str:
+    rows = ["| | accuracy (%) | mean tokens | AES | seeds |", "|---|---|---|---|---|",
+            f"| base | {100 * base['accuracy']:.1f} | {base['length']:.1f} | | |"]
+    for name, last in ends.items():
+        rows.append(f"| {name} | {spread([100 * e['accuracy'] for e in last], '.1f')} | {spread([e['length'] for e in last], '.1f')} | "
+                    f"{spread([aes(e, base) for e in last], '.2f')} | {len(last)} |")
+    step = next(iter(ends.values()))[0]["step"]
+    return "\n".join([*rows, f"\nAfter {step} steps; {base['problems']} held-out problems, greedy; mean ± standard error."])
 
 
 def main() -> None:
@@ -90,10 +89,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--table", action="store_true", help="train nothing")
     args, flags = parser.parse_known_args()
+    names = {reward: [f"seeds-{args.algorithm}-{reward}-s{seed}" for seed in range(args.seeds)] for reward in ("vr", "sar")}
     if not args.table:
-        run_all([(args.algorithm, f"seeds-{args.algorithm}-{reward}-s{seed}", ["--reward", reward, "--seed", str(seed), *flags])
-                 for seed in range(args.seeds) for reward in REWARDS], args.jobs)
-    print(table(args.algorithm, args.seeds))
+        run_all([(args.algorithm, names[reward][seed], ["--reward", reward, "--seed", str(seed), *flags])
+                 for seed in range(args.seeds) for reward in names], args.jobs)
+    title = args.algorithm.upper()
+    print(table(*collect({title: names["vr"], f"SA-{title}": names["sar"]})))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def write_run(folder: Path, accuracy: float, length: float, steps: int = 100):
     evals = [{"step": 0, "problems": 10, "accuracy": 0.5, "length": 100.0},
              {"step": steps, "problems": 10, "accuracy": accuracy, "length": length}]
     (folder / "evals.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evals))
-    metrics = [{"step": i, "accuracy": accuracy, "length_mean": length, "r_sa_mean": 0.1 * i, "entropy": 1.0, "kl": 0.0} for i in (1, 2)]
+    metrics = [{"step": i, "accuracy": accuracy, "length_mean": length, "r_sa_mean": 0.1 * i, "entropy": 1.0, "kl": 0.1} for i in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
 
 
@@ -77,19 +77,20 @@ def test_the_study_counts_finished_runs_only_and_draws(runs, tmp_path):
     write_run(runs / "pareto-grpo+em-s0", 0.7, 50)
     evals = runs / "pareto-grpo+em-s0" / "evals.jsonl"
     evals.write_text(evals.read_text().splitlines()[0] + "\n")  # only begun
-    base, ends = pareto.collect(3, False)
+    names = pareto.run_names(3, False)
+    base, ends = seeds.collect(names)
     assert {name: len(last) for name, last in ends.items()} == {"GRPO": 2, "SAR 0.2": 2}
-    rows = pareto.table(base, ends).splitlines()
+    rows = seeds.table(base, ends).splitlines()
     assert rows[2] == "| base | 50.0 | 100.0 | | |"
     assert rows[3] == "| GRPO | 85.0 ± 5.0 | 100.0 ± 10.0 | 3.50 ± 0.40 | 2 |"  # AES: 5 * 0.3 / 0.5 + 0.1 and 5 * 0.4 / 0.5 - 0.1
     assert rows[4] == "| SAR 0.2 | 85.0 ± 5.0 | 20.0 ± 2.0 | 4.30 ± 0.48 | 2 |"
     write_run(runs / "pareto-er-s0", 0.7, 50, steps=7)
     with pytest.raises(ValueError, match="end at different steps"):
-        pareto.collect(3, False)
+        seeds.collect(names)
     plt = pytest.importorskip("matplotlib.pyplot")
     plt.switch_backend("svg")
     pareto.draw_pareto(plt, base, ends, tmp_path / "a.svg")
-    pareto.draw_curves(plt, {name: pareto.run_names(name, 3, False) for name in ends}, tmp_path / "b.svg")
+    pareto.draw_curves(plt, {name: names[name] for name in ends}, tmp_path / "b.svg")
     assert all("<svg" in (tmp_path / name).read_text() for name in ("a.svg", "b.svg"))
 
 
