@@ -7,12 +7,12 @@
 With W parameters (B in the largest block, E outside the blocks: embeddings, head, last norm), R processes, b bytes for a number that
 is multiplied (2: bfloat16, on GPUs; 4: float32), m tokens in a micro-batch, l layers of width D, q query, k key and MLP width M:
 
-    shards       16 W / R            float32 weights and gradients, AdamW's two moments; twice that for PPO's critic
+    shards       16 W / R            float32 weights and gradients, AdamW's two moments; PPO's critic: once more
     start        b W / R             the frozen start, where --kl-coef is not 0
     sampler      b W                 a whole copy for rollouts (none for one process in float32: the policy generates)
     gathered     R > 1: b (E + 2 B) weights, b (E + B) their gradients, 4 E the buffer in which these are summed
                  R = 1: in bfloat16 b (W - E), the rounded weights; 4 E, the embeddings' gradient before it is added
-    activations  m l (4 D + 4 b D / 2 ... see `per_token`)  what the backward needs; no recomputation
+    activations  m l (8 D + b (2 D + 3 q + 3 k + 4 M)), with norms of q and k b (q + k) more: nothing is computed twice
     head         the tiles of the logits, and m D (b + 4)
     cache        2 l k b for each token of each answer that decodes at once: what is left, while nothing of the two above is there
 """
@@ -52,12 +52,12 @@ def counts(config: GPTConfig) -> tuple[int, int, int]:
 
 
 def per_token(c: GPTConfig, b: int) -> int:
-    """Bytes that a block keeps for its backward, per token: the residual stream (float32) before each of the two norms, and what
-    they give to the matmuls; q, k, v, then q and k turned, with q and k normed where that is done; what attention gives; gate, up,
-    silu(gate) and its product with up."""
+    """Bytes that a block keeps for its backward, per token: the residual stream (float32) before each of the two norms (a CPU's
+    rms_norm keeps what it made of it too), and what they give to the matmuls; q, k, v, then q and k turned, with q and k normed
+    where that is done; what attention gives; gate, up, silu(gate) and its product with up."""
     q, k = c.heads * c.head_dim, c.kv_heads * c.head_dim
     attention = (q + 2 * k) + (q + k) * (2 if c.qk_norm else 1) + q
-    return 2 * 4 * c.width + b * (2 * c.width + attention + 4 * c.mlp_width)
+    return (4 if b == 4 else 2) * 4 * c.width + b * (2 * c.width + attention + 4 * c.mlp_width)
 
 
 def memory(config: GPTConfig, processes: int, *, b: int = 2, micro_tokens: int = 8192, room: int = 5120, ppo: bool = False,
