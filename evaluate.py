@@ -35,7 +35,7 @@ from model import GPT
 from rollout import generate
 from verify import VERIFIERS, judge
 
-BLOCK = {"cpu": 64, "cuda": 1024}  # answers that are written down together: all that a kill can cost
+BLOCK = {"cpu": 32, "cuda": 1024}  # answers that are written down together: all that a kill can cost
 
 
 def answer(model, tokenizer, problems: list, *, max_new_tokens: int, n: int = 1, temperature: float = 0.0, seed: int = 0,

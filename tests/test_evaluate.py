@@ -148,7 +148,7 @@ def test_refusals(runs, tmp_path):
 
 def test_kill_and_go_on(runs):
     """After kill -9 in the middle, and half a line more, the same command ends in the same bytes as an undisturbed one."""
-    flags = ["--limit", "192", "--n", "2", "--temperature", "1", "--max-new-tokens", "20"]  # six blocks of 32 problems
+    flags = ["--limit", "192", "--n", "2", "--temperature", "1", "--max-new-tokens", "20"]  # twelve blocks of 16 problems
     evaluate.main([*flags, "--run", "whole"])
     path = runs / "killed/tiny.jsonl"
     process = subprocess.Popen([sys.executable, "evaluate.py", *flags, "--run", "killed"], cwd=ROOT, env=os.environ | {"SA_RUNS": str(runs)},
@@ -158,8 +158,8 @@ def test_kill_and_go_on(runs):
     process.send_signal(signal.SIGKILL)
     process.wait()
     lines = path.read_bytes().splitlines(keepends=True)
-    assert 64 <= len(lines) < 384 and not (runs / "killed/table.md").exists()
-    path.write_bytes(b"".join(lines[:70]) + b'{"question": "half a l')
+    assert 32 <= len(lines) < 384 and not (runs / "killed/table.md").exists()
+    path.write_bytes(b"".join(lines[:38]) + b'{"question": "half a l')
     evaluate.main([*flags, "--run", "killed"])
     for name in ("tiny.jsonl", "results.json", "table.md"):
         assert (runs / "killed" / name).read_bytes() == (runs / "whole" / name).read_bytes()
