@@ -131,19 +131,25 @@ def fused_logprob(hidden: Tensor, unembedding: Tensor, targets: Tensor, *, tempe
 # ---- scoring answers ----
 
 
-def micro_batches(lengths: list[int], budget: int, share: tuple[int, int] = (0, 1)) -> list[list[int]]:
+def micro_batches(lengths: list[int], budget: int, share: tuple[int, int] = (0, 1), fence: int | None = None) -> list[list[int]]:
     """Cut indices into batches of at most `budget` tokens, padding included, from the longest to the shortest. A sequence that
     is longer than the budget gets a batch of its own.
 
     share: (k, K) for the k-th of K processes that work side by side. All of them get the same number of batches, the fewest
     that the budget allows, and the budget is lowered as far as that number allows: the batches that are worked on at the same
-    time are then about equal in tokens, and empty ones are left only where there are fewer sequences than places."""
+    time are then about equal in tokens, and empty ones are left only where there are fewer sequences than places.
+
+    fence: the model's rope_switch. Phi-3.5 turns all positions of longer inputs by other angles, padding counted: sequences of
+    either side must not meet in a batch, or what a row scores would depend on its neighbours."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # stable: the order depends on the lengths alone
+
+    def beyond(i: int) -> bool:
+        return fence is not None and lengths[i] - 1 > fence  # the last token is not read
 
     def cut(budget: int) -> list[list[int]]:
         cuts: list[list[int]] = []
         for i in order:
-            if cuts and (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] <= budget:
+            if cuts and (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] <= budget and beyond(i) == beyond(cuts[-1][0]):
                 cuts[-1].append(i)
             else:
                 cuts.append([i])
@@ -188,7 +194,7 @@ def answer_logprobs(model, contexts: list[list[int]], answers: list[list[int]], 
     a full load for the head has come together, so that short answers do not make for small matmuls."""
     result: list[Tensor] = [torch.empty(0)] * len(answers)
     filled = [i for i, a in enumerate(answers) if a]  # an answer without tokens has no log-probs
-    cuts = micro_batches([len(contexts[i]) + len(answers[i]) for i in filled], micro_tokens, share)
+    cuts = micro_batches([len(contexts[i]) + len(answers[i]) for i in filled], micro_tokens, share, model.config.rope_switch)
     load: list[tuple[list[int], Tensor, Tensor]] = []
 
     def flush():

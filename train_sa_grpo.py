@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
                 members = [g * args.n + k for g in order[first:first + args.minibatch] for k in range(args.n)]
                 denominator = args.minibatch * args.n * args.max_new_tokens  # of the whole minibatch, not of a micro-batch
                 for cut in micro_batches([len(contexts[i]) + len(answers[i]) for i in members], args.micro_tokens,
-                                         runtime.processes()):
+                                         runtime.processes(), policy.config.rope_switch):
                     micro = [members[k] for k in cut]
                     old = runtime.pick(old_logprobs, micro, args.device)  # (L,)
                     start = runtime.pick(start_logprobs, micro, args.device)  # (L,)

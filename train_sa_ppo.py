@@ -61,7 +61,8 @@ def answer_values(critic: Critic, contexts: list[list[int]], answers: list[list[
     values = [torch.empty(0)] * len(answers)
     filled = [i for i, a in enumerate(answers) if a]
     with torch.no_grad():
-        for cut in micro_batches([len(contexts[i]) + len(answers[i]) for i in filled], micro_tokens, share):
+        for cut in micro_batches([len(contexts[i]) + len(answers[i]) for i in filled], micro_tokens, share,
+                                 critic.body.config.rope_switch):
             micro = [filled[k] for k in cut]
             flat = critic.values([contexts[i] for i in micro], [answers[i] for i in micro]).cpu()
             for i, piece in zip(micro, flat.split([len(answers[i]) for i in micro])):
@@ -231,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
                 members = [g * args.n + k for g in order[first:first + args.minibatch] for k in range(args.n)]
                 denominator = sum(len(answers[i]) for i in members)  # of the whole minibatch, not of a micro-batch
                 for cut in micro_batches([len(contexts[i]) + len(answers[i]) for i in members], args.micro_tokens,
-                                         runtime.processes()):
+                                         runtime.processes(), policy.config.rope_switch):
                     micro = [members[k] for k in cut]
                     old = runtime.pick(old_logprobs, micro, args.device)  # (L,)
                     start = runtime.pick(start_logprobs, micro, args.device)  # (L,)

@@ -90,6 +90,21 @@ def test_answer_logprobs_of_mixed_lengths(model, prompts, rng, budget):
             model.float()
 
 
+@torch.no_grad()
+def test_scores_beside_the_rope_switch_do_not_depend_on_neighbours(rng):
+    """Phi-3.5 takes its long factors where the padded width passes rope_switch: rows on both sides of it, whatever the budget."""
+    from test_model import random_model
+    model = random_model("phi-3.5, long", torch.float64)
+    switch, ids = model.config.rope_switch, range(model.config.vocab_size)
+    lengths = [switch - 3, switch, switch + 1, switch + 2, switch + 9, switch // 2] * 2  # with the last token, which is not read
+    contexts = [rng.choices(ids, k=5) for _ in lengths]
+    answers = [rng.choices(ids, k=length - 5) for length in lengths]
+    alone = [answer_logprobs(model, [c], [a])[0] for c, a in zip(contexts, answers)]
+    for budget in (1, 3 * switch, 10_000):
+        for ours, want in zip(answer_logprobs(model, contexts, answers, micro_tokens=budget), alone):
+            assert (ours - want).abs().max() < 1e-9
+
+
 def test_answer_positions_follow_from_lengths_even_where_pad_and_stop_ids_are_equal(model, prompts):
     """Answers made of token 0, which also fills the padding: each of them is scored, and nothing else."""
     answers = [[0] * (1 + i) for i in range(len(prompts))]
