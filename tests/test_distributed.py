@@ -321,3 +321,19 @@ def test_every_process_makes_the_same_collectives(tmp_path):
     assert calls[0].count(scatter) == rounds * (config.layers + 1) and carried[0][scatter] == pytest.approx(4 * W * rounds, rel=0.02)  # padding
     forwards = (calls[0].count(gather) - 2 * rounds * config.layers) / config.layers  # of scoring, about: its root is gathered once a call
     assert carried[0][gather] >= 4 * rounds * (2 * W - E) and forwards > 0
+
+
+@slow
+@pytest.mark.parametrize("script", ["grpo", "ppo"])
+def test_bfloat16_matmuls_over_sharded_float32(script, tmp_path):
+    """What GPUs do, on a CPU: the same samples in the first step, and gradients that differ by bfloat16's rounding (2^-9)."""
+    base = [*{"grpo": GRPO, "ppo": PPO}[script], "--steps", "1", "--dtype", "bfloat16"]
+    alone([(script, [*base, "--run", "one"])], tmp_path)
+    torchrun(2, WORKER, json.dumps([(script, [*base, "--run", "two"])]), folder=tmp_path)
+    a, b = (lines(tmp_path / run / "completions.jsonl") for run in ("one", "two"))
+    assert [x["tokens"] for x in a] == [x["tokens"] for x in b]
+    one, two = (load_file(tmp_path / f"{run}.gradients") for run in ("one", "two"))
+    for key in one:
+        print(script, key, ((one[key] - two[key]).norm() / one[key].norm()).item())
+    assert (one["0"] - two["0"]).norm() < 0.05 * one["0"].norm()
+    assert all(p.dtype == torch.float32 for p in load_file(tmp_path / "two" / "step_000001" / "model.safetensors").values())
