@@ -697,13 +697,12 @@ class Run:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
             tokenizer.copy_to(scratch)
-        for name, model, adam in (("", policy, optimizer), ("critic_", critic, critic_optimizer)):
-            if model is policy:
-                save_model(policy, scratch)
-            elif model is not None:
-                save_tensors(dict(model.named_parameters()), scratch / "critic.safetensors")
-            if model is not None:
-                save_tensors(optimizer_tensors(model, adam), scratch / f"{name}optimizer.safetensors")
+        save_model(policy, scratch)
+        save_tensors(optimizer_tensors(policy, optimizer), scratch / "optimizer.safetensors")
+        if critic is not None:
+            reshard(critic)
+            save_tensors(dict(critic.named_parameters()), scratch / "critic.safetensors")
+            save_tensors(optimizer_tensors(critic, critic_optimizer), scratch / "critic_optimizer.safetensors")
         if not self.first:
             return place
         for log in self.logs.values():
@@ -794,7 +793,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, rows: dict[str, s
     end = 0
     for name in sorted(tensors):
         shape = list(tensors[name].shape)
-        if name in rows and shape:
+        if name in rows:
             shape[0] = len(range(*rows[name].indices(shape[0])))
         start, end = end, end + 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
@@ -806,7 +805,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, rows: dict[str, s
         for name in sorted(tensors):
             tensor = whole(tensors[name])
             if rank == 0:
-                file.write(tensor[rows.get(name, slice(None))].cpu().float().contiguous().numpy() if tensor.dim() else tensor.cpu().numpy())
+                tensor = tensor[rows[name]] if name in rows else tensor
+                file.write(tensor.cpu().float().contiguous().numpy())
 
 
 @torch.no_grad()

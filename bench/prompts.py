@@ -34,7 +34,8 @@ def main() -> None:
     torch.manual_seed(0)
     untrained = GPT(GPTConfig.from_hf(trained.config.hf | {"max_position_embeddings": 2048}))
     if rank == 0:
-        print(f"{world} processes, {PROMPTS} prompts, {N} answers each\n\n| answers | mean tokens | longest | prompts | slowest / mean | seconds |")
+        print(f"{world} processes, {PROMPTS} prompts, {N} answers each\n")
+        print("| answers | mean tokens | longest | prompts | slowest / mean | seconds |")
         print("|---|---|---|---|---|---|")
     for name, model, stop, limit in (("embedded model", trained, tokenizer.stop_ids, 256),
                                      ("geometric", untrained, set(range(0, 25, 5)), 1000)):

@@ -153,7 +153,8 @@ def test_same_run_for_any_number_of_processes(reference, world, tmp_path):
             with runtime.safe_open(file, "pt") as f:
                 save_file({key: f.get_tensor(key) for key in f.keys()}, tmp_path / "again", f.metadata())
             assert file.read_bytes() == (tmp_path / "again").read_bytes()
-        assert {f.name for f in (tmp_path / name / "step_000002").iterdir()} == {f.name for f in (reference / name[:-1] / "step_000002").iterdir()}
+        ours, theirs = ({f.name for f in (folder / "step_000002").iterdir()} for folder in (tmp_path / name, reference / name[:-1]))
+        assert ours == theirs
 
 
 # ---- what takes minutes ----
@@ -171,7 +172,8 @@ def test_checkpoints_do_not_know_how_many_wrote_them(script, tmp_path):
             alone(job, tmp_path) if world == 1 else torchrun(world, WORKER, json.dumps(job), folder=tmp_path)
         files = ("model", "optimizer", "critic", "critic_optimizer")[:2 if script == "grpo" else 4]
         assert_same(tmp_path / "whole", tmp_path / name, "step_000006", files)
-        assert [r["versions"]["processes"] for r in json.loads((tmp_path / name / "config.json").read_text())["resumes"]] == list(worlds[1:])
+        resumes = json.loads((tmp_path / name / "config.json").read_text())["resumes"]
+        assert [r["versions"]["processes"] for r in resumes] == list(worlds[1:])
 
 
 @slow
@@ -185,7 +187,7 @@ def test_extreme_raggedness(world, tmp_path, rng):
         jobs.append(("grpo", ["--prompts-per-step", str(P), "--minibatch", str(rng.choice([1, P])), "--n", str(rng.choice([2, 3, 5])),
                               "--max-new-tokens", str(rng.choice([1, 2, 30, 200])), "--temperature", str(rng.choice([0.3, 1.0, 3.0])),
                               "--micro-tokens", str(rng.choice([1, 150, 500, 100_000])), "--eval-every", "0", "--steps", "1",
-                              "--seed", str(rng.randrange(1000)), *rng.choice([[], ["--slots", "1"], ["--slots", "1000"]]), "--run", f"r{i}"]))
+                              "--seed", str(rng.randrange(1000)), "--run", f"r{i}", *rng.choice([[], ["--slots", "1"], ["--slots", "999"]])]))
         print(jobs[-1])
     (tmp_path / "one").mkdir()
     (tmp_path / "many").mkdir()
@@ -234,7 +236,8 @@ def test_an_error_of_one_process_ends_all_and_is_shown(tmp_path, what, words, wh
 def test_killed_restarted_and_resumed_equals_undisturbed(tmp_path, who, where, when):
     """kill -9 while sampling in step 3, while a checkpoint is written, while scoring: torchrun starts all processes again."""
     argv = [*GRPO, "--steps", "4", "--resume"]
-    done = torchrun(2, TROUBLE, who, where, when, "kill", *argv, "--run", "killed", folder=tmp_path, options=["--standalone", "--max-restarts", "1"])
+    done = torchrun(2, TROUBLE, who, where, when, "kill", *argv, "--run", "killed", folder=tmp_path,
+                    options=["--standalone", "--max-restarts", "1"])
     assert "note: there is no run killed yet: starting it" in done.stderr
     config = json.loads((tmp_path / "killed" / "config.json").read_text())
     assert len(config["resumes"]) == 1  # it did happen
@@ -255,9 +258,10 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
 
 @slow
 def test_stopping_torchrun_saves(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", "train_sa_grpo.py", *GRPO, "--run", "t",
-               "--steps", "1000"]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"SA_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", "train_sa_grpo.py", *GRPO,
+               "--run", "t", "--steps", "1000"]
+    env = os.environ | {"SA_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "t" / "metrics.jsonl"
     deadline = time.time() + 90
     while time.time() < deadline and not (log.exists() and log.read_text().count("\n") >= 1):
@@ -273,8 +277,9 @@ def test_two_nodes(reference, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "two", "--local-addr", "127.0.0.1"]
-    command = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", "1", "--", "train_sa_grpo.py", *GRPO, "--run", "nodes"]
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "two",
+               "--local-addr", "127.0.0.1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "--", "train_sa_grpo.py", *GRPO, "--run", "nodes"]
     env = os.environ | {"SA_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     nodes = [subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     shown = [node.communicate(timeout=240) for node in nodes]
@@ -318,7 +323,8 @@ def test_every_process_makes_the_same_collectives(tmp_path):
     gather, = (name for name in carried[0] if name.startswith("all_gather"))
     rounds = calls[0].count(scatter) // (config.layers + 1)
     print({name: (calls[0].count(name), size) for name, size in carried[0].items()}, "W, B, E:", W, B, E, "rounds:", rounds)
-    assert calls[0].count(scatter) == rounds * (config.layers + 1) and carried[0][scatter] == pytest.approx(4 * W * rounds, rel=0.02)  # padding
+    assert calls[0].count(scatter) == rounds * (config.layers + 1)
+    assert carried[0][scatter] == pytest.approx(4 * W * rounds, rel=0.02)  # rows are padded to a multiple of the processes
     forwards = (calls[0].count(gather) - 2 * rounds * config.layers) / config.layers  # of scoring, about: its root is gathered once a call
     assert carried[0][gather] >= 4 * rounds * (2 * W - E) and forwards > 0
 
