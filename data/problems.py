@@ -260,10 +260,14 @@ def cut(name: str, split: str, problems: list[Problem], how: str = "") -> list[P
 
 
 def published(file: str) -> Path:
-    """A published file, from $SA_DATA, our cache, or the network, with its recorded SHA-256 checked."""
+    """A published file, from $SA_DATA, our cache, or the network, with its recorded SHA-256 checked. Where FILES records none,
+    the one that the download came with is kept beside it and holds from then on."""
     url, sha256 = FILES[file]
     url = url.replace("https://huggingface.co", endpoint())
     ours = cache_folder() / "data" / file
+    record = ours.with_name(f"{ours.name}.sha256")
+    if not sha256 and record.is_file():
+        sha256 = record.read_text().strip()
     given = Path(os.environ["SA_DATA"]).expanduser() / file if os.environ.get("SA_DATA") else None
     for path in (given, ours):
         if path is not None and path.is_file():
@@ -277,7 +281,9 @@ def published(file: str) -> Path:
             if not ours.is_file():  # else another process brought it while we waited
                 download(url, ours, sha256)
                 if not sha256:
-                    print(f"no SHA-256 is on record for {ours}, it came with {file_sha256(ours)}", file=sys.stderr)
+                    record.write_text(file_sha256(ours) + "\n")
+                    print(f"no SHA-256 was on record for {ours}: it came with {file_sha256(ours)}, which {record.name} now records",
+                          file=sys.stderr)
     except OSError as error:
         looked = f"{given} nor at {ours}" if given else f"{ours} ($SA_DATA is not set)"
         raise FileNotFoundError(f"{file} is not at {looked}, and could not be downloaded from {url} ({one_line(error)}): put "

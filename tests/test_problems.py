@@ -383,16 +383,21 @@ def test_an_absent_file_is_downloaded_once_and_checked(web, place):
     assert "SHA-256" in refusal("math500")
 
 
-def test_a_file_without_a_recorded_hash_says_what_came(web, place, capsys):
+def test_a_file_without_a_known_hash_says_what_came_and_is_held_to_it(web, place, capsys):
     body = lines({"question": "a", "answer": "x\n#### 1"})
     web.bodies["gsm_symbolic_p1.jsonl"] = body
     assert load_problems("gsm-symbolic") == load_problems("gsm-symbolic-p1") == [Problem("a", "1")]
     assert hashlib.sha256(body).hexdigest() in capsys.readouterr().err
+    ours = place / "ours" / "data" / "gsm_symbolic_p1.jsonl"
+    ours.write_bytes(body + body)
+    assert "is not the published file" in refusal("gsm-symbolic")
+    ours.unlink()
+    assert load_problems("gsm-symbolic") == [Problem("a", "1")]  # fetched again, and the same
     address = f"{web.address}/p2/cut"
     problems.FILES["gsm_symbolic_p2.jsonl"] = (address, None)
     web.bodies["cut"] = body
     assert "broke off" in refusal("gsm-symbolic-p2")
-    assert sorted(p.name for p in (place / "ours" / "data").iterdir()) == [".lock", "gsm_symbolic_p1.jsonl"]
+    assert sorted(p.name for p in (place / "ours" / "data").iterdir()) == [".lock", "gsm_symbolic_p1.jsonl", "gsm_symbolic_p1.jsonl.sha256"]
 
 
 def test_a_file_that_is_nowhere(web, place, monkeypatch):
