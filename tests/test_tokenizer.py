@@ -363,9 +363,9 @@ def test_published_tokenizers_equal_the_library_on_every_problem(family):
 def test_published_tokenizers_equal_the_library_on_random_strings(family, rng):
     folder, tokenizer = family
     reference = library(folder)
-    assert mismatches(tokenizer, reference, [random_text(rng) for _ in range(20_000)]) == []
+    assert mismatches(tokenizer, reference, [random_text(rng) for _ in range(5_000)]) == []
     bytes_of = single_byte_ids(folder)
-    for _ in range(5_000):
+    for _ in range(1_000):
         ids = random_ids(tokenizer, rng, bytes_of)
         assert tokenizer.decode(ids) == reference.decode(ids), ids
 
