@@ -365,12 +365,12 @@ def visible(piece: str) -> str:
 
 
 def html_page(question: str, pieces: list[str], values: list[float], summary: str) -> str:
-    """One page without scripts or outside files; v of a token shows when the pointer rests on it."""
-    spans = "".join(f'<span style="background:rgb{shade(v)}" title="{v:+.2f}">{html.escape(visible(p))}</span>' + "<br>" * p.count("\n")
-                    for p, v in zip(pieces, values))
-    style = "font:16px/1.6 monospace;max-width:60em;white-space:pre-wrap"
-    return (f'<!doctype html><meta charset="utf-8"><title>v(a_j)</title><body style="{style}">\n<p>{html.escape(question)}</p>\n'
-            f"<p>{spans}</p>\n<p>{html.escape(summary)}</p>\n")
+    """One page without scripts or outside files; v stands above a token where it is half a nat or more, and shows under the pointer."""
+    tokens = "".join(f'<ruby style="background:rgb{shade(v)}" title="{v:+.2f}">{html.escape(visible(p))}'
+                     f'<rt>{f"{v:+.1f}" if abs(v) >= 0.5 else ""}</rt></ruby>' + "<br>" * p.count("\n") for p, v in zip(pieces, values))
+    style = "body {font: 16px monospace; max-width: 60em} p {line-height: 2; white-space: pre-wrap} rt {font-size: 55%; padding: 0 1px}"
+    return (f'<!doctype html><meta charset="utf-8"><title>v(a_j)</title><style>{style}</style><body>\n<p>{html.escape(question)}</p>\n'
+            f"<p>{tokens}</p>\n<p>{html.escape(summary)}</p>\n")
 
 
 def main(argv: list[str] | None = None) -> None:

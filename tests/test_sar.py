@@ -311,7 +311,7 @@ def test_token_values_sum_to_the_reward(rng):
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
-        self.tags, self.text, self.values = [], "", []
+        self.tags, self.text, self.values, self.above = [], "", [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -319,7 +319,10 @@ class Page(HTMLParser):
         self.values += [float(value) for name, value in attributes if name == "title"]
 
     def handle_data(self, data):
-        self.text += data
+        if self.tags[-1] == "rt" and re.fullmatch(r"[+-]\d+\.\d", data):
+            self.above.append(data)
+        else:
+            self.text += data
 
 
 def test_the_view_shows_every_token_and_is_taken_in_by_none(tmp_path, capsys, monkeypatch):
@@ -335,8 +338,9 @@ def test_the_view_shows_every_token_and_is_taken_in_by_none(tmp_path, capsys, mo
     rows = [re.match(r" *([+-][0-9.]+) = *(-[0-9.]+) - *(-[0-9.]+)   ", line) for line in table.splitlines()]
     assert all(float(r[1]) == pytest.approx(float(r[2]) - float(r[3]), abs=0.011) for r in rows)
     page = Page((tmp_path / "v.html").read_text())
-    assert set(page.tags) == {"meta", "title", "body", "p", "span", "br"} and "http" not in (tmp_path / "v.html").read_text()
-    assert page.tags.count("span") == len(rows) and page.values == [float(r[1]) for r in rows]
+    assert set(page.tags) == {"meta", "title", "style", "body", "p", "ruby", "rt", "br"} and "http" not in (tmp_path / "v.html").read_text()
+    assert [float(v) for v in page.above] == pytest.approx([v for v in page.values if abs(v) >= 0.5], abs=0.056)  # both are rounded
+    assert page.tags.count("ruby") == len(rows) and page.values == [float(r[1]) for r in rows]
     assert question in page.text
     # é is two tokens, the first of which is no text yet
     assert 'Tom ·é </span><img src=x onerror="y">↵\\x1b[31m\\x0d3 + 4 = 7<end>' in page.text
