@@ -11,7 +11,8 @@ AES, the accuracy-efficiency score, rewards shorter answers and five times as st
 
 In runs/NAME: evaluation.json (the settings), BENCHMARK.jsonl (a line an answer; against-BENCHMARK.jsonl for the other model),
 results.json and table.md. An answer depends on the seed, its prompt and its number alone, so a question that a benchmark asks
-twice gets the same answers twice, and neither a kill nor other problems beside it change an answer.
+twice gets the same answers twice, and neither a kill nor other problems beside it change an answer (in float32 on a CPU; the bfloat16 of
+a GPU may round otherwise in another batch).
 """
 import argparse
 import json
@@ -60,8 +61,10 @@ def answer(model, tokenizer, problems: list, *, max_new_tokens: int, n: int = 1,
 def summarise(rows: list[dict], n: int = 1, verifier: str = "policy") -> dict:
     """Figures of the answers to a benchmark, n adjacent ones to each problem. Lengths are in tokens, stop token included; shares are
     of all answers; accuracy is by `verifier` (for n > 1 it is mean@n), with both ends of its 95 % interval; *_last_number is by the
-    paper's rule. What does not exist, as the mean length of no answers, is NaN."""
-    right = np.array([r["last_number_status" if verifier == "last-number" else "status"] == "correct" for r in rows])
+    paper's rule; wrong are the answers that were read and are not right, without unparsed ones. What does not exist, as the mean length
+    of no answers, is NaN."""
+    verdicts = np.array([r["last_number_status" if verifier == "last-number" else "status"] for r in rows])
+    right, wrong = verdicts == "correct", verdicts == "wrong"
     right_last = np.array([r["last_number_status"] == "correct" for r in rows])
     lengths = np.array([len(r["tokens"]) for r in rows])
     problems = len(rows) // n
@@ -72,7 +75,7 @@ def summarise(rows: list[dict], n: int = 1, verifier: str = "policy") -> dict:
     result |= {"length": lengths.mean().item(), "length_median": np.median(lengths).item(),
                "length_p95": np.percentile(lengths, 95).item(),
                "length_correct": lengths[right].mean().item() if right.any() else math.nan,
-               "length_wrong": lengths[~right].mean().item() if not right.all() else math.nan,
+               "length_wrong": lengths[wrong].mean().item() if wrong.any() else math.nan,
                "unfinished": fmean(not r["finished"] for r in rows),
                "unparsed": fmean(r["status"] not in ("correct", "wrong") for r in rows),
                "errors": sum(r["status"] == "error" for r in rows)}
@@ -121,7 +124,7 @@ def comparison_table(rows: dict[str, dict]) -> str:
 
 
 def benchmark_table(results: dict[str, list[dict]], args: argparse.Namespace) -> str:
-    """A Markdown table of the summaries of each benchmark; AES compares with a benchmark's first model."""
+    """A Markdown table of the summaries of each benchmark's models; with --against the first is the one that AES compares with."""
     def shown(value: float, form: str) -> str:
         return "–" if math.isnan(value) else format(value, form)
 
@@ -139,7 +142,7 @@ def benchmark_table(results: dict[str, list[dict]], args: argparse.Namespace) ->
                      f"{shown(r['length_correct'], '.1f')} / {shown(r['length_wrong'], '.1f')}",
                      *(f"{100 * r[key]:.1f}" for key in ("unfinished", "unparsed", *extra))]
             if args.against:
-                cells.append("" if r is models[0] else shown(aes(r, models[0]), "+.2f"))
+                cells.append("" if r is models[0] else shown(r["aes"], "+.2f"))
             lines.append(f"| {' | '.join(cells)} |")
     how = "greedy" if args.temperature == 0 else f"{args.n} answers to each at temperature {args.temperature:g}, seed {args.seed}"
     return "\n".join(lines + [f"\n[95 % Wilson intervals]; {how}, at most {args.max_new_tokens} tokens"]) + "\n"
@@ -216,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"no prompt of {benchmark} leaves room for an answer: choose a lower --max-new-tokens")
     weights = {role + path.name: file_sha256(path)[:16]
                for role, folder in folders.items() for path in sorted(folder.glob("model*.safetensors"))}
-    settings = {"model": args.model, "against": args.against, "weights": weights, "limit": args.limit, "n": args.n,
+    settings = {"model": args.model, "against": args.against, "data": args.data, "weights": weights, "limit": args.limit, "n": args.n,
                 "temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "seed": args.seed, "device": kind}
     run = open_run(args.run or f"eval-{Path(args.model).name}-{time.strftime('%m%d-%H%M%S')}", settings)
 
@@ -237,6 +240,8 @@ def main(argv: list[str] | None = None) -> None:
                     rows += new
                     bar.update(len(new) // args.n)
             result = {"model": name, "skipped": skipped[benchmark]} | summarise(rows, args.n)
+            if results[benchmark]:  # the other model's
+                result["aes"] = aes(result, results[benchmark][0])
             results[benchmark].append(result)
             bar.set_postfix(accuracy=f"{result['accuracy']:.3f}", tokens=f"{result['length']:.0f}")
             bar.close()

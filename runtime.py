@@ -248,13 +248,15 @@ def check_device(device: str) -> None:
 
 
 def absolute_paths(args: argparse.Namespace) -> argparse.Namespace:
-    """--model, --against and --data as they stay true in another working directory; names stay names."""
+    """--model, --against and --data as they stay true in another working directory; names stay names. A shell leaves the ~ of
+    gsm8k,~/my.jsonl as it is."""
     for flag in ("model", "against"):
         name = getattr(args, flag, None)
-        if name and name != "tiny" and Path(name).is_dir():
-            setattr(args, flag, str(Path(name).resolve()))
+        if name and name != "tiny" and Path(name).expanduser().is_dir():
+            setattr(args, flag, str(Path(name).expanduser().resolve()))
     if args.data:
-        args.data = ",".join(str(Path(name).resolve()) if Path(name).is_file() else name for name in args.data.split(","))
+        paths = {name: Path(name).expanduser() for name in args.data.split(",")}
+        args.data = ",".join(str(path.resolve()) if path.is_file() else name for name, path in paths.items())
     return args
 
 

@@ -8,13 +8,14 @@ repetition, re-checking) is about as likely with the question as without it and 
 that the question does not lead to. With v(a_j) = log P(a_j | q, a_<j) - log P(a_j | a_<j), R_SA = 1 - exp(-mean_j v(a_j)).
 
     python sar.py --question "Tom has 3 cups. ..." --answer "3 + 4 = 7"      # v of every token, in colours; --html FILE for a page
-    python sar.py --model NAME_OR_FOLDER --completions runs/NAME/completions.jsonl --line 7
+    python sar.py --completions runs/NAME/completions.jsonl --line 7         # under the model that the run began with; --model for others
 """
 import argparse
 import html
 import json
 import math
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -380,21 +381,25 @@ def main(argv: list[str] | None = None) -> None:
     from model import GPT
     parser = argparse.ArgumentParser(description="What the question says about each token of an answer, v(a_j) in nats, and "
                                      "the R_SA that these sum to.")
-    parser.add_argument("--model", default="tiny", help="a model folder or name (see train_sa_grpo.py)")
+    parser.add_argument("--model", help="a model folder or name, see train_sa_grpo.py (default: tiny; for --completions what its run began with)")
     parser.add_argument("--question", help="with --answer")
     parser.add_argument("--answer", help="its tokens are scored together with an end-of-text token")
     parser.add_argument("--completions", help="a run's completions.jsonl, instead of --question and --answer")
     parser.add_argument("--line", type=int, default=1, help="which of its answers, from 1 (default: 1)")
-    parser.add_argument("--alone", default="empty", choices=("empty", "bare"), help="the context of ppl(a) (default: empty)")
+    parser.add_argument("--alone", choices=("empty", "bare"), help="the context of ppl(a) (default: empty; for --completions the run's)")
     parser.add_argument("--html", help="also write a page to this file")
     args = parser.parse_args(argv)
-    if bool(args.completions) == bool(args.question and args.answer):
+    if [bool(x) for x in (args.completions, args.question, args.answer)] not in ([True, False, False], [False, True, True]):
         raise ValueError("give --question and --answer, or --completions (with --line)")
+    settings, recorded = {}, ""
+    if args.completions:
+        question, answer, recorded = read_completion(args.completions, args.line)
+        config = Path(args.completions).with_name("config.json")
+        settings = json.loads(config.read_text())["settings"] if config.exists() else {}
+    args.model, args.alone = args.model or settings.get("model", "tiny"), args.alone or settings.get("alone", "empty")
     folder = find_model(args.model)
     tokenizer = Tokenizer.from_pretrained(folder)
-    if args.completions:
-        question, answer = read_completion(args.completions, args.line)
-    else:
+    if not args.completions:
         end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         question, answer = args.question, tokenizer.encode(args.answer, at_start=False) + end
     model = GPT.from_pretrained(folder)
@@ -407,7 +412,7 @@ def main(argv: list[str] | None = None) -> None:
     texts = ["", *[tokenizer.decode(answer[:j + 1]).rstrip("\ufffd") for j in range(len(answer))]]
     pieces = [after[len(before):] or ("<end>" if t in tokenizer.stop_ids else "·") for before, after, t in zip(texts, texts[1:], answer)]
     summary = (f"R_SA = {self_aligned_reward(*[[s] for s in scored]).item():.3f}     mean v = {sum(values) / len(values):.3f} nats over "
-               f"{len(answer)} tokens, ppl(a|q) = {perplexity(scored[0]):.2f}, ppl(a) = {perplexity(scored[1]):.2f}")
+               f"{len(answer)} tokens, ppl(a|q) = {perplexity(scored[0]):.2f}, ppl(a) = {perplexity(scored[1]):.2f}{recorded}")
     for piece, v, given, without in zip(pieces, values, *[s.tolist() for s in scored]):
         print(f"{v:+8.2f} = {given:7.2f} - {without:7.2f}   {visible(piece)}")
     print("\n" + visible(question))
@@ -420,8 +425,9 @@ def main(argv: list[str] | None = None) -> None:
             file.write(html_page(question, pieces, values, summary))
 
 
-def read_completion(path: str, number: int) -> tuple[str, list[int]]:
-    """Question and tokens of the answer in line `number` (from 1) of a completions.jsonl; raises ValueError where there is none."""
+def read_completion(path: str, number: int) -> tuple[str, list[int], str]:
+    """Question and tokens of the answer in line `number` (from 1) of a completions.jsonl, and what the run said of it under its policy of
+    then; raises ValueError where there is none."""
     with open(path, encoding="utf-8") as file:
         line = next((line for i, line in enumerate(file, 1) if i == number), None)
     if line is None:
@@ -433,7 +439,8 @@ def read_completion(path: str, number: int) -> tuple[str, list[int]]:
         raise ValueError(f"{path}, line {number} is no line of a completions.jsonl: it needs question and tokens") from None
     if not isinstance(question, str) or not isinstance(tokens, list) or not tokens or not all(type(t) is int for t in tokens):
         raise ValueError(f"{path}, line {number}: question must be text and tokens a list of token ids")
-    return question, tokens
+    known = all(isinstance(row.get(key), (int, float)) for key in ("r_sa", "step"))
+    return question, tokens, f"; R_SA was {row['r_sa']:.3f} in step {row['step']}" if known else ""
 
 
 if __name__ == "__main__":

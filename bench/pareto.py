@@ -6,10 +6,12 @@
 
 Runs are runs/pareto-{reward}-s{0,1,2}, one thread each and as many at a time as there are cores; finished ones are kept and
 unfinished ones resumed. Table and figures go to --out: pareto.md, pareto.svg (accuracy against length) and pareto-curves.svg
-(accuracy, length, R_SA, entropy and KL against the step). Further flags go to the training script of runs that are begun.
+(accuracy, length, R_SA, entropy and KL against the step); those of --quick, which begins anew each time, to quick-pareto.md and so on.
+Further flags go to the training script of runs that are begun.
 """
 import argparse
 import os
+import shutil
 from pathlib import Path
 from statistics import mean
 
@@ -91,6 +93,8 @@ def draw_curves(plt, names: dict[str, list[str]], path: Path) -> None:
         for name, runs in names.items():
             logs = [lines(RUNS / run / "metrics.jsonl") for run in runs]
             logs = [log for log in logs if len(log) == max(map(len, logs))]  # finished runs
+            if any(rows[key] is None for rows in logs[0]):  # no KL is measured with --kl-coef 0
+                continue
             average = [mean(rows[key] for rows in step) for step in zip(*logs)]
             smooth = [mean(average[max(0, i - 4):i + 1]) for i in range(len(average))]
             colour, _, dashes = LOOK["SAR" if name == "SAR 0.2" else name]
@@ -118,16 +122,19 @@ def main() -> None:
     matplotlib.rcParams |= {"svg.hashsalt": "pareto", "svg.fonttype": "none"}  # the same runs give the same file; letters stay letters
     import matplotlib.pyplot as plt
     seeds, size = (1, QUICK) if args.quick else (args.seeds, SIZE)
-    names = run_names(seeds, args.quick)
+    names, kind = run_names(seeds, args.quick), "quick-" if args.quick else ""
+    if args.quick and not args.draw:
+        for runs in names.values():
+            shutil.rmtree(RUNS / runs[0], ignore_errors=True)
     if not args.draw:
         run_all([("grpo", names[row][seed], [*STUDY[row], *size, "--seed", str(seed), *flags])
                  for seed in range(seeds) for row in STUDY], args.jobs)  # all rewards of a seed before the next seed
     base, ends = collect(names)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "pareto.md").write_text(table(base, ends) + "\n")
-    draw_pareto(plt, base, ends, args.out / "pareto.svg")
-    draw_curves(plt, {row: names[row] for row in ends if row in LOOK or row == "SAR 0.2"}, args.out / "pareto-curves.svg")
-    print(table(base, ends) + f"\n\n{args.out}: pareto.md, pareto.svg, pareto-curves.svg")
+    (args.out / f"{kind}pareto.md").write_text(table(base, ends) + "\n")
+    draw_pareto(plt, base, ends, args.out / f"{kind}pareto.svg")
+    draw_curves(plt, {row: names[row] for row in ends if row in LOOK or row == "SAR 0.2"}, args.out / f"{kind}pareto-curves.svg")
+    print(table(base, ends) + f"\n\n{args.out}: {kind}pareto.md, {kind}pareto.svg, {kind}pareto-curves.svg")
 
 
 if __name__ == "__main__":

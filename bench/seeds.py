@@ -26,11 +26,16 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def steps_of(run: str) -> int | None:
+    """How many steps runs/RUN is to have; None where it is not begun."""
+    path = RUNS / run / "config.json"
+    return json.loads(path.read_text())["settings"]["steps"] if path.exists() else None
+
+
 def run_one(algorithm: str, name: str, flags: list[str]) -> None:
     """runs/NAME, begun, or resumed, or left alone where it is finished."""
     command = [sys.executable, f"train_sa_{algorithm}.py", "--run", name]
-    if (RUNS / name / "config.json").exists():
-        steps = json.loads((RUNS / name / "config.json").read_text())["settings"]["steps"]
+    if steps := steps_of(name):
         if (RUNS / name / f"step_{steps:06d}" / "state.json").exists():
             return
         command.append("--resume")
@@ -67,12 +72,17 @@ def run_all(runs: list[tuple[str, str, list[str]]], jobs: int) -> None:
 
 def collect(names: dict[str, list[str]]) -> tuple[dict, dict[str, list[dict]]]:
     """The base's evaluation, and for each row of a table those at the end of its finished runs; names: {row: names of runs}."""
-    evals = {row: [e for e in (lines(RUNS / run / "evals.jsonl") for run in runs) if e] for row, runs in names.items()}
-    ends = {row: [e[-1] for e in logs if e[-1]["step"] > 0] for row, logs in evals.items()}
+    base, ends = None, {}
+    for row, runs in names.items():
+        for run in runs:
+            evals = lines(RUNS / run / "evals.jsonl")
+            base = base or next(iter(evals), None)
+            if evals and evals[-1]["step"] == steps_of(run):
+                ends.setdefault(row, []).append(evals[-1])
     steps = {e["step"] for last in ends.values() for e in last}
     if len(steps) != 1:
         raise ValueError(f"the runs end at different steps ({sorted(steps)}), or none of them is finished")
-    return next(logs[0][0] for logs in evals.values() if logs), {row: last for row, last in ends.items() if last}
+    return base, ends
 
 
 def standard_error(values: list[float]) -> float:

@@ -5,12 +5,14 @@
     load_problems("tiny")                 the embedded model's own problems (data/make_tiny.py)
 
 Published files are looked for in $SA_DATA, then in our cache ($SA_CACHE/data, else ~/.cache/self-aligned-reward/data), and
-are downloaded into the cache when absent; their SHA-256 is checked every time. Training sets are filtered and cut as the
+are downloaded into the cache when absent; their SHA-256 is checked every time (for GSM-Symbolic's p1 none is on record: there it is
+that of the first download). Training sets are filtered and cut as the
 authors' examples/data_preprocess does it (github.com/amazon-science/Self-Aligned-Reward-Towards_Effective_and_Efficient_
 Reasoners): MATH and NuminaMath keep problems whose answer is a number, every source gives at most 10,000, NuminaMath is
 split 92 to 8. Their draw used other random number generators, so ours is as large but not the same.
 """
 import json
+import math
 import os
 import random
 import re
@@ -121,6 +123,8 @@ def problem_from(text: str, where: str) -> Problem:
 
 def make_problem(question: object, answer: object, where: str) -> Problem:
     """Check a question and an answer from a file and bring the answer into its final form."""
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise ValueError(f"{where}: the answer is a number too large to read")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         # 27.0 says 27; beyond 2^53 a float's digits are not its own
         answer = str(int(answer)) if answer == int(answer) and abs(answer) < 2**53 else str(answer)

@@ -61,12 +61,14 @@ def runs(tmp_path, monkeypatch):
     return tmp_path / "runs"
 
 
-def write_run(folder: Path, accuracy: float, length: float, steps: int = 100):
+def write_run(folder: Path, accuracy: float, length: float, steps: int = 100, asked: int | None = None, logged: int = 2, kl: float | None = 0.1):
     folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"settings": {"steps": asked or steps}}))
     evals = [{"step": 0, "problems": 10, "accuracy": 0.5, "length": 100.0},
              {"step": steps, "problems": 10, "accuracy": accuracy, "length": length}]
     (folder / "evals.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evals))
-    metrics = [{"step": i, "accuracy": accuracy, "length_mean": length, "r_sa_mean": 0.1 * i, "entropy": 1.0, "kl": 0.1} for i in (1, 2)]
+    metrics = [{"step": i, "accuracy": accuracy, "length_mean": length, "r_sa_mean": 0.1 * i, "entropy": 1.0, "kl": kl}
+               for i in range(1, logged + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
 
 
@@ -77,6 +79,8 @@ def test_the_study_counts_finished_runs_only_and_draws(runs, tmp_path):
     write_run(runs / "pareto-grpo+em-s0", 0.7, 50)
     evals = runs / "pareto-grpo+em-s0" / "evals.jsonl"
     evals.write_text(evals.read_text().splitlines()[0] + "\n")  # only begun
+    write_run(runs / "pareto-o1-s0", 0.7, 50, steps=50, asked=100)  # half way
+    write_run(runs / "pareto-sar-0.2-s2", 0.1, 500, steps=50, asked=100, logged=1)
     names = pareto.run_names(3, False)
     base, ends = seeds.collect(names)
     assert {name: len(last) for name, last in ends.items()} == {"GRPO": 2, "SAR 0.2": 2}
@@ -90,7 +94,13 @@ def test_the_study_counts_finished_runs_only_and_draws(runs, tmp_path):
     plt = pytest.importorskip("matplotlib.pyplot")
     plt.switch_backend("svg")
     pareto.draw_pareto(plt, base, ends, tmp_path / "a.svg")
-    pareto.draw_curves(plt, {name: names[name] for name in ends}, tmp_path / "b.svg")
+    drawn = {(round(line.get_xdata()[0], 6), round(line.get_ydata()[0], 6)) for line in plt.gcf().axes[0].lines if len(line.get_xdata()) == 1}
+    assert drawn >= {(100, 50), (100, 85), (20, 85)}  # base, GRPO, SAR
+    write_run(runs / "pareto-em-s0", 0.3, 7, kl=None)
+    pareto.draw_curves(plt, {name: names[name] for name in (*ends, "EM")}, tmp_path / "b.svg")
+    accuracy, *_, kl = [panel.lines for panel in plt.gcf().axes[:5]]
+    assert [list(line.get_ydata()) for line in accuracy] == [pytest.approx([0.85, 0.85])] * 2 + [pytest.approx([0.3, 0.3])]  # the unfinished one left out
+    assert [line.get_label() for line in kl] == ["GRPO", "SAR 0.2"]
     assert all("<svg" in (tmp_path / name).read_text() for name in ("a.svg", "b.svg"))
 
 

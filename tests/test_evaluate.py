@@ -1,4 +1,5 @@
 """evaluate.py: the figures by hand, the tables, the command, a kill and what comes after it."""
+import argparse
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import evaluate
 import runtime
@@ -68,9 +70,10 @@ def test_figures_by_hand():
         "problems": 6, "accuracy": 0.5, "accuracy_low": pytest.approx(0.18762, abs=1e-5), "accuracy_high": pytest.approx(0.81238, abs=1e-5),
         "last_number": 0.5, "last_number_low": result["accuracy_low"], "last_number_high": result["accuracy_high"],
         "length": 35, "length_median": 35, "length_p95": pytest.approx(57.5), "length_correct": pytest.approx(100 / 3),
-        "length_wrong": pytest.approx(110 / 3), "unfinished": pytest.approx(1 / 6), "unparsed": pytest.approx(2 / 6), "errors": 0}
+        "length_wrong": 20, "unfinished": pytest.approx(1 / 6), "unparsed": pytest.approx(2 / 6), "errors": 0}
     result = evaluate.summarise(rows, verifier="last-number")
     assert (result["length_correct"], result["length_wrong"]) == (20, 50)
+    assert evaluate.summarise([*rows, row(30, "wrong", "error")] * 2, verifier="last-number")["length_wrong"] == 50
     result = evaluate.summarise(rows, n=3)  # two problems, right once and twice in three
     assert result["problems"] == 2 and result["accuracy"] == 0.5 and result["accuracy_low"] == evaluate.wilson(0.5, 2)[0]
     assert result["pass@2"] == pytest.approx((2 / 3 + 1) / 2) and result["pass@3"] == 1 and "pass@4" not in result
@@ -83,13 +86,51 @@ def test_table():
     assert "| base | 50.0% | 100.0 | 25.0% |  |" in text and "| trained | 60.0% | 70.0 | 0.0% | +1.30 |" in text
 
 
+def test_benchmark_table_by_hand():
+    """Two models, two answers to each of two problems: which row is whose, and what AES compares with what."""
+    def models(*answers):
+        first, second = (evaluate.summarise(rows, n=2) | {"model": name, "skipped": 0} for name, rows in zip(("base", "runs/x/step_7"), answers))
+        return [first, second | {"aes": evaluate.aes(second, first)}]
+    right, wrong, unread = row(10, "correct", "correct"), row(30, "wrong", "wrong"), row(40, "no_answer", "correct", finished=False)
+    results = {"one": models([right, wrong, wrong, unread], [right, right, wrong, right]), "two": models([wrong] * 4, [right] * 4)}
+    args = argparse.Namespace(n=2, against="base", temperature=0.5, seed=3, max_new_tokens=50)
+    head, _, *lines, _, foot = evaluate.benchmark_table(results, args).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, *lines)]
+    assert cells[0] == ["benchmark", "model", "problems", "mean@2 (%)", "by last number (%)", "tokens: mean / median / p95", "if right / wrong",
+                        "unfinished (%)", "unparsed (%)", "pass@2 (%)", "AES"]
+    assert [[c[0], c[1], c[6], c[7], c[8], c[9], c[10]] for c in cells[1:]] == [
+        ["one", "base", "10.0 / 30.0", "25.0", "25.0", "50.0", ""],
+        ["one", "x/step_7", "10.0 / 30.0", "0.0", "0.0", "100.0", "+10.45"],  # 5 * 0.5 / 0.25 + (27.5 - 15) / 27.5
+        ["two", "base", "– / 30.0", "0.0", "0.0", "0.0", ""],
+        ["two", "x/step_7", "10.0 / –", "0.0", "0.0", "100.0", "–"]]  # against nothing that was right
+    assert cells[1][3].startswith("25.0 [") and cells[1][4].startswith("50.0 [") and cells[2][3].startswith("75.0 [")
+    assert cells[1][5] == "27.5 / 30 / 38" and foot == "[95 % Wilson intervals]; 2 answers to each at temperature 0.5, seed 3, at most 50 tokens"
+
+
+def test_against_another_model(runs, tmp_path, model, tokenizer):
+    """The other model's answers are its own, and the reference of AES."""
+    with torch.no_grad():
+        model.norm.neg_()
+    (tmp_path / "worse").mkdir()
+    model.save_pretrained(tmp_path / "worse")
+    tokenizer.copy_to(tmp_path / "worse")
+    flags = ["--limit", "6", "--max-new-tokens", "30"]
+    evaluate.main(["--model", "tiny", "--against", str(tmp_path / "worse"), *flags, "--run", "both"])
+    evaluate.main(["--model", str(tmp_path / "worse"), *flags, "--run", "worse-alone"])
+    theirs, mine, alone = ((runs / name).read_bytes() for name in ("both/against-tiny.jsonl", "both/tiny.jsonl", "worse-alone/tiny.jsonl"))
+    assert theirs == alone != mine
+    other, ours = json.loads((runs / "both/results.json").read_text())["tiny"]
+    assert (other["model"], ours["model"]) == (str(tmp_path / "worse"), "tiny") and "aes" not in other
+    assert ours["aes"] == (pytest.approx(evaluate.aes(ours, other)) if other["accuracy"] else None)
+
+
 def test_command(runs, capsys):
     evaluate.main(["--model", "tiny", "--against", "tiny", "--limit", "16", "--run", "first"])
     printed = capsys.readouterr().out
     assert "| tiny | tiny | 16 |" in printed and "| +0.00 |" in printed and "greedy, at most 512 tokens" in printed
     assert (runs / "first/table.md").read_text() in printed
     base, ours = json.loads((runs / "first/results.json").read_text())["tiny"]
-    assert base == ours and ours["problems"] == 16 and ours["skipped"] == 0 and 0 < ours["accuracy"] <= 1
+    assert base == {k: v for k, v in ours.items() if k != "aes"} and ours["aes"] == 0 and ours["problems"] == 16 and ours["skipped"] == 0 and 0 < ours["accuracy"] <= 1
     rows = [json.loads(line) for line in (runs / "first/tiny.jsonl").read_text().splitlines()]
     assert len(rows) == 16 and sum(r["status"] == "correct" for r in rows) / 16 == ours["accuracy"]
     assert sum(len(r["tokens"]) for r in rows) / 16 == ours["length"]
@@ -133,6 +174,8 @@ def test_refusals(runs, tmp_path):
     evaluate.main(short)
     with pytest.raises(ValueError, match="other settings .seed was 0, now 1.*another --run"):
         evaluate.main([*short, "--seed", "1"])
+    with pytest.raises(ValueError, match="other settings .data was tiny, now tiny-train"):
+        evaluate.main([*short, "--data", "tiny-train"])
     lines = (runs / "mine/tiny.jsonl").read_text().splitlines(keepends=True)
     (runs / "mine/tiny.jsonl").write_text("".join(lines[::-1]))
     with pytest.raises(ValueError, match="other problems"):

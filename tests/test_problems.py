@@ -92,6 +92,7 @@ GOOD = {"question": "q", "answer": "1"}
     ("null", "NoneType"),
     ("[" * 100_000, "JSON"),
     ('{"question": "q", "answer": NaN}', "NaN"),
+    ('{"question": "q", "answer": 1e999}', "too large"),
     ('{"question": "q", "answer": -Infinity}', "Infinity"),
     ('{"question": "q", "answer": %s}' % ("9" * 10_000), "JSON"),
     ({"question": "q"}, "question (or problem) and answer"),

@@ -355,11 +355,22 @@ def test_the_view_of_a_rollout(tmp_path, capsys, tokenizer):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sar.main(["--completions", str(path), "--line", "2"])
     shown = capsys.readouterr().out
-    assert "3 + 4 = 7<end>" in shown and f"{len(tokens)} tokens" in shown and "\x1b" not in shown  # not a terminal: no colours
+    assert "3 + 4 = 7<end>" in shown and f"{len(tokens)} tokens" in shown and " R_SA was" not in shown and "\x1b" not in shown  # not a terminal: no colours
     for argv, words in ((["--line", "1"], "needs question and tokens"), (["--line", "5"], "has no line 5"), (["--line", "0"], "no line 0"),
                         (["--line", "3"], "outside the vocabulary"), (["--line", "4"], "a list of token ids"),
-                        (["--question", "x", "--answer", "y"], "give --question and --answer, or")):
+                        (["--question", "x", "--answer", "y"], "give --question and --answer, or"),
+                        (["--question", "x"], "give --question and --answer, or")):
         with pytest.raises(ValueError, match=words):
             sar.main(["--completions", str(path), *argv])
     with pytest.raises(ValueError, match="give --question and --answer, or"):
         sar.main(["--question", "x"])
+    # beside a run's config.json its model and context are taken, and what it recorded is shown
+    (tmp_path / "config.json").write_text(json.dumps({"settings": {"model": "tiny", "alone": "bare"}}))
+    path.write_text(json.dumps(rows[1] | {"r_sa": 0.125, "step": 9}) + "\n")
+    sar.main(["--completions", str(path)])
+    beside = capsys.readouterr().out
+    sar.main(["--completions", str(path), "--alone", "bare", "--model", "tiny"])
+    assert beside == capsys.readouterr().out and "R_SA was 0.125 in step 9" in beside and beside.split("\n\n")[0] not in shown
+    (tmp_path / "config.json").write_text(json.dumps({"settings": {"model": "no-such-model"}}))
+    with pytest.raises(FileNotFoundError, match="no-such-model"):
+        sar.main(["--completions", str(path)])
