@@ -150,6 +150,13 @@ def test_answers_do_not_depend_on_blocks_nor_on_their_neighbours(model, tokenize
     assert together == sampled(first, second) + sampled(first, third)
 
 
+def test_a_tilde_that_the_shell_left_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_text("")
+    args = runtime.absolute_paths(argparse.Namespace(model="~", against="tiny", data="gsm8k,~/a.jsonl,~/none.jsonl"))
+    assert vars(args) == {"model": str(tmp_path), "against": "tiny", "data": f"gsm8k,{tmp_path}/a.jsonl,~/none.jsonl"}
+
+
 def test_long_prompts_are_skipped_and_counted(runs, tmp_path, capsys):
     question = "Amy has 3 pears. Amy buys 5 more. How many pears does Amy have now?"
     data = tmp_path / "mixed.jsonl"
