@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import runtime
 from data.hub import file_sha256, find_model
-from data.problems import load_problems
+from data.problems import NAMES, load_problems
 from data.prompts import encode_prompt
 from data.tokenizer import Tokenizer
 from model import GPT
@@ -171,7 +171,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="a model folder or name (see train_sa_grpo.py)")
     parser.add_argument("--against", help="the model that AES compares with")
-    parser.add_argument("--data", default="tiny", help="benchmarks, separated by commas: names (their test split) or JSONL files")
+    parser.add_argument("--data", default="tiny", help=f"benchmarks, separated by commas: JSONL files, or the test "
+                        f"split of {', '.join(NAMES)}")
     parser.add_argument("--limit", type=int, help="only so many problems of each, evenly spaced: neighbours in a file are often alike "
                         "(default: all)")
     parser.add_argument("--n", type=int, default=1, help="answers to each problem; more than one need a --temperature (default: 1)")
