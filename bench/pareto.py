@@ -73,11 +73,13 @@ def draw_pareto(plt, base: dict, ends: dict[str, list[dict]], path: Path) -> Non
             label = name if name not in sweep else "SAR, by its alpha" if name == sweep[0] else None
             panel.errorbar(x, y, xerr=errors[name][0], yerr=errors[name][1], color=colour, marker=marker, ms=11 if marker == "*" else 7,
                            mfc="white" if marker in "osv^" else colour, capsize=3, lw=1, ls="none", label=label)
-            if lowest and name in sweep:  # labels above and below in turn: neighbours may coincide
-                panel.annotate(name.removeprefix("SAR "), (x, y), xytext=(6, -13 if sweep.index(name) % 2 else 6),
-                               textcoords="offset points", color=colour, fontsize=9)
+            if lowest and name in sweep:  # labels below and above in turn, towards the middle: neighbours may coincide
+                left = x < mean(length for length, _ in points.values())
+                panel.annotate(name.removeprefix("SAR "), (x, y), xytext=(6 if left else -6, 6 if sweep.index(name) % 2 else -13),
+                               textcoords="offset points", ha="left" if left else "right", color=colour, fontsize=9)
         panel.set(xlabel="mean answer length (tokens)", ylabel="accuracy (%), greedy, held-out problems")
-        panel.set_ylim(lowest, best + 0.7 if lowest else 104)
+        shown = [y - errors[name][1] for name, (_, y) in points.items() if lowest and y >= lowest]
+        panel.set_ylim(*((min(shown) - 0.4, best + 0.9) if lowest else (None, 104)))
         panel.grid(color="0.92")
     panels[1].set_title("close up", fontsize=10)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
@@ -99,7 +101,7 @@ def draw_curves(plt, names: dict[str, list[str]], path: Path) -> None:
             smooth = [mean(average[max(0, i - 4):i + 1]) for i in range(len(average))]
             colour, _, dashes = LOOK["SAR" if name == "SAR 0.2" else name]
             panel.plot(range(1, len(smooth) + 1), smooth, color=colour, ls=dashes, lw=1.4, label=name)
-        panel.set(title=title, xlabel="step", yscale="log" if key == "kl" else "linear")
+        panel.set(title=title, xlabel="step", yscale="log" if key in ("entropy", "kl") else "linear")
         panel.grid(color="0.92")
     axes.flat[-1].axis("off")
     axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), loc="center", frameon=False)
