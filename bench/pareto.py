@@ -1,6 +1,6 @@
 """The third claim, in small: accuracy against length of SA-GRPO at several alpha and of its rivals, from the same base.
 
-    python -m bench.pareto                # three seeds of eleven rewards, 100 steps each: 75 minutes on two quiet cores
+    python -m bench.pareto                # three seeds of eleven rewards, 100 steps each: 1 h 50 min on two cores
     python -m bench.pareto --draw         # table and figures of what is there; trains nothing
     python -m bench.pareto --quick        # one seed, a few small steps: shows that everything runs, and nothing else
 
