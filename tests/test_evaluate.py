@@ -114,7 +114,7 @@ def test_against_another_model(runs, tmp_path, model, tokenizer):
     (tmp_path / "worse").mkdir()
     model.save_pretrained(tmp_path / "worse")
     tokenizer.copy_to(tmp_path / "worse")
-    flags = ["--limit", "6", "--max-new-tokens", "30"]
+    flags = ["--limit", "2", "--max-new-tokens", "12"]
     evaluate.main(["--model", "tiny", "--against", str(tmp_path / "worse"), *flags, "--run", "both"])
     evaluate.main(["--model", str(tmp_path / "worse"), *flags, "--run", "worse-alone"])
     theirs, mine, alone = ((runs / name).read_bytes() for name in ("both/against-tiny.jsonl", "both/tiny.jsonl", "worse-alone/tiny.jsonl"))
