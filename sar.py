@@ -395,7 +395,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.completions:
         question, answer, recorded = read_completion(args.completions, args.line)
         config = Path(args.completions).with_name("config.json")
-        settings = json.loads(config.read_text())["settings"] if config.exists() else {}
+        settings = json.loads(config.read_text()).get("settings", {}) if config.exists() else {}
     args.model, args.alone = args.model or settings.get("model", "tiny"), args.alone or settings.get("alone", "empty")
     folder = find_model(args.model)
     tokenizer = Tokenizer.from_pretrained(folder)

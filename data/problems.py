@@ -5,11 +5,12 @@
     load_problems("tiny")                 the embedded model's own problems (data/make_tiny.py)
 
 Published files are looked for in $SA_DATA, then in our cache ($SA_CACHE/data, else ~/.cache/self-aligned-reward/data), and
-are downloaded into the cache when absent; their SHA-256 is checked every time (for GSM-Symbolic's p1 none is on record: there it is
-that of the first download). Training sets are filtered and cut as the
-authors' examples/data_preprocess does it (github.com/amazon-science/Self-Aligned-Reward-Towards_Effective_and_Efficient_
-Reasoners): MATH and NuminaMath keep problems whose answer is a number, every source gives at most 10,000, NuminaMath is
-split 92 to 8. Their draw used other random number generators, so ours is as large but not the same.
+are downloaded into the cache when absent; their SHA-256 is checked every time (for GSM-Symbolic's p1 none is on record: there
+it is that of the first download).
+
+Training sets are filtered and cut as the authors' examples/data_preprocess does it (github.com/amazon-science/Self-Aligned-
+Reward-Towards_Effective_and_Efficient_Reasoners): MATH and NuminaMath keep problems whose answer is a number, every source gives
+at most 10,000, NuminaMath is split 92 to 8. Their draw used other random number generators, so ours is as large but not the same.
 """
 import json
 import math

@@ -198,6 +198,9 @@ class Tokenizer:
         self._ids = ids                                                         # rank -> id
         self._tiktoken = tiktoken.Encoding(str(self.folder), pat_str=self._read_pattern(spec["pre_tokenizer"]),
                                            mergeable_ranks=ranks, special_tokens={})
+        # keeps a character that is neither white space, letter nor digit by the pattern engine's own tables, and no other
+        self._other = tiktoken.Encoding("other", pat_str=rf"[^\s\p{{L}}{DIGIT}]", mergeable_ranks={bytes([b]): b for b in range(256)},
+                                        special_tokens={})
         self._pieces = [b""] * self.vocab_size                                  # id -> bytes
         for joined, rank in ranks.items():
             if ids[rank] != SEVERAL:
@@ -381,14 +384,13 @@ class Tokenizer:
         """Ranks when bytes that the vocabulary lacks vanish after the split, so that their neighbours may join.
 
         Such bytes belong to characters that are neither letters, digits nor white space, and the split keeps a run of
-        those together with one space before it: encode each run that holds some again, without them. A character that
-        Python's tables do not know ends a run: it may be a letter to tiktoken, and joins with nothing anyway.
+        those together with one space before it: encode each run that holds some again, without them. What belongs to a run
+        is asked of tiktoken's tables, for Python's may be older.
         """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")       # as tiktoken treats surrogates
         dropped = set(self._dropped)
-        kinds = "".join("x" if not dropped.isdisjoint(char.encode()) else " " if char == " " else
-                        "-" if unicodedata.category(char)[0] in "LNZ" or unicodedata.category(char) == "Cn"
-                        or char in WHITE_SPACE else "." for char in text)
+        kinds = "".join(" " if char == " " else "-" if not self._other.encode_ordinary(char) else
+                        "." if dropped.isdisjoint(char.encode()) else "x" for char in text)
         ranks, done = [], 0
         for run in re.finditer(r" ?[x.]+", kinds):
             if "x" in run[0]:

@@ -45,7 +45,7 @@ def test_wilson_by_hand(rng):
         seen = rng.randint(0, trials) / trials
         for end in evaluate.wilson(seen, trials):
             # squared: at 0 and 1 the root would make 1e-8 of a rounding of 1e-16
-            assert (seen - end) ** 2 == pytest.approx(1.959963985**2 * end * (1 - end) / trials, rel=1e-7, abs=1e-14)
+            assert (seen - end) ** 2 == pytest.approx(1.959963985**2 * end * (1 - end) / trials, rel=1e-9, abs=2e-15)
 
 
 def test_pass_at_k_by_hand_and_by_counting(rng):
@@ -109,7 +109,7 @@ def test_benchmark_table_by_hand():
 
 
 def test_against_another_model(runs, tmp_path, model, tokenizer):
-    """The other model's answers are its own, and the reference of AES."""
+    """The other model's answers are its own."""
     with torch.no_grad():
         model.norm.neg_()
     (tmp_path / "worse").mkdir()
@@ -120,9 +120,19 @@ def test_against_another_model(runs, tmp_path, model, tokenizer):
     evaluate.main(["--model", str(tmp_path / "worse"), *flags, "--run", "worse-alone"])
     theirs, mine, alone = ((runs / name).read_bytes() for name in ("both/against-tiny.jsonl", "both/tiny.jsonl", "worse-alone/tiny.jsonl"))
     assert theirs == alone != mine
+
+
+def test_the_other_model_is_what_aes_compares_with(runs, tmp_path, monkeypatch, model, tokenizer):
+    """Answers by hand: the other model is right once in two with 40 tokens, ours always with 30."""
+    model.save_pretrained(tmp_path)
+    tokenizer.copy_to(tmp_path)
+    answers = iter([[row(40, "correct", "correct"), row(40, "wrong", "wrong")], [row(30, "correct", "correct")] * 2])
+    monkeypatch.setattr(evaluate, "answer", lambda *args, **kwargs: next(answers))
+    evaluate.main(["--model", "tiny", "--against", str(tmp_path), "--limit", "2", "--run", "both"])
     other, ours = json.loads((runs / "both/results.json").read_text())["tiny"]
-    assert (other["model"], ours["model"]) == (str(tmp_path / "worse"), "tiny") and "aes" not in other
-    assert ours["aes"] == (pytest.approx(evaluate.aes(ours, other)) if other["accuracy"] else None)
+    assert (other["model"], other["accuracy"], ours["model"], ours["accuracy"]) == (str(tmp_path), 0.5, "tiny", 1)
+    assert ours["aes"] == pytest.approx(5 * 0.5 / 0.5 + 10 / 40) and "aes" not in other
+    assert "| +5.25 |" in (runs / "both/table.md").read_text()
 
 
 def test_command(runs, capsys):
