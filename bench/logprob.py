@@ -12,6 +12,7 @@ with the malloc settings of the training scripts. The bare matmul writes into me
 backward" of it are the four products that recomputation needs. linear_cross_entropy has no entropy, the others compute it only
 where it comes with the log-probs (ours, trl).
 """
+
 import argparse
 import itertools
 import json
@@ -59,10 +60,15 @@ METHODS = {
     "ours": lambda h, W, t: fused_logprob(h, W, t)[0],
     "naive": naive,
     "linear_cross_entropy": lambda h, W, t: -F.linear_cross_entropy(h, W, t, reduction="none"),
-    "linear_cross_entropy, auto chunks": lambda h, W, t: -F.linear_cross_entropy(
-        h, W, t, reduction="none", options=torch.nn.LinearCrossEntropyOptions()),
+    "linear_cross_entropy, auto chunks": lambda h, W, t: (
+        -F.linear_cross_entropy(
+            h, W, t, reduction="none", options=torch.nn.LinearCrossEntropyOptions()
+        )
+    ),
     "linear_cross_entropy, small chunks": chunked_cross_entropy,
-    "trl": lambda h, W, t: ChunkedLogProbFunction.apply(h, W, None, t, 1.0, 32768, None, 1.0, ("entropy",))[0],
+    "trl": lambda h, W, t: ChunkedLogProbFunction.apply(
+        h, W, None, t, 1.0, 32768, None, 1.0, ("entropy",)
+    )[0],
 }
 
 
@@ -70,7 +76,11 @@ def inputs(N: int, D: int, V: int, device: str):
     """hidden (N, D), unembedding (V, D), targets (N,), made in place: no freed memory may hide what a method takes."""
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     h, W = (torch.empty(size, dtype=dtype, device=device) for size in ((N, D), (V, D)))
-    return h.normal_().requires_grad_(), W.normal_(std=3 / D**0.5).requires_grad_(), torch.randint(V, (N,), device=device)
+    return (
+        h.normal_().requires_grad_(),
+        W.normal_(std=3 / D**0.5).requires_grad_(),
+        torch.randint(V, (N,), device=device),
+    )
 
 
 def run(method: str, h, W, t, backward: bool):
@@ -109,14 +119,31 @@ def times(N: int, D: int, V: int, methods: list[str], passes: list[str], repeats
             for method in methods:
                 row[method] = timed(lambda: run(method, h, W, t, backward), device)
             for method, seconds in row.items():
-                yield {"N": N, "D": D, "V": V, "method": method, "backward": backward, "seconds": seconds,
-                       "of_matmul": seconds / row["matmul"]}
+                yield {
+                    "N": N,
+                    "D": D,
+                    "V": V,
+                    "method": method,
+                    "backward": backward,
+                    "seconds": seconds,
+                    "of_matmul": seconds / row["matmul"],
+                }
 
 
 def memory(N: int, D: int, V: int, methods: list[str]):
     for method in methods:
         for backward in (False, True):
-            command = [sys.executable, "-m", "bench.logprob", "--memory-of", str(N), str(D), str(V), method, str(backward)]
+            command = [
+                sys.executable,
+                "-m",
+                "bench.logprob",
+                "--memory-of",
+                str(N),
+                str(D),
+                str(V),
+                method,
+                str(backward),
+            ]
             answer = subprocess.run(command, capture_output=True, text=True)
             mb = float(answer.stdout) if answer.returncode == 0 else math.inf  # it did not fit
             yield {"N": N, "D": D, "V": V, "method": method, "backward": backward, "mb": mb}
@@ -140,32 +167,56 @@ def extra_memory(N: int, D: int, V: int, method: str, backward: bool, device: st
         Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
         before = resident_bytes("VmRSS")
     kept = run(method, h, W, t, backward)
-    after = torch.cuda.max_memory_allocated() if device.startswith("cuda") else resident_bytes("VmHWM")
+    after = (
+        torch.cuda.max_memory_allocated() if device.startswith("cuda") else resident_bytes("VmHWM")
+    )
     own = sum(x.nbytes for x in kept) if backward else 2 * kept.nbytes
     return (after - before - own) / 1e6
 
 
 def table(results: list[dict]) -> None:
-    print("| N | D | V | | forward s | of matmul | forward + backward s | of four matmuls | extra MB forward | extra MB with backward |")
+    print(
+        "| N | D | V | | forward s | of matmul | forward + backward s | of four matmuls | extra MB forward | extra MB with backward |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for D, V, N in sorted({(r["D"], r["V"], r["N"]) for r in results}):
         for method in ("matmul", *METHODS):
             cells = []
             for backward in (False, True):
-                own = [r for r in results if (r["D"], r["V"], r["N"], r["method"], r["backward"]) == (D, V, N, method, backward)]
+                own = [
+                    r
+                    for r in results
+                    if (r["D"], r["V"], r["N"], r["method"], r["backward"])
+                    == (D, V, N, method, backward)
+                ]
                 seconds = [r["seconds"] for r in own if "seconds" in r]
-                cells += [f"{statistics.median(seconds):.3f}", f"{statistics.median(r['of_matmul'] for r in own if 'seconds' in r):.2f}"
-                          ] if seconds else ["", ""]
+                cells += (
+                    [
+                        f"{statistics.median(seconds):.3f}",
+                        f"{statistics.median(r['of_matmul'] for r in own if 'seconds' in r):.2f}",
+                    ]
+                    if seconds
+                    else ["", ""]
+                )
             for backward in (False, True):
-                cells.append("".join(f"{r['mb']:,.0f}" for r in results if "mb" in r and
-                                     (r["D"], r["V"], r["N"], r["method"], r["backward"]) == (D, V, N, method, backward)))
+                cells.append(
+                    "".join(
+                        f"{r['mb']:,.0f}"
+                        for r in results
+                        if "mb" in r
+                        and (r["D"], r["V"], r["N"], r["method"], r["backward"])
+                        == (D, V, N, method, backward)
+                    )
+                )
             if any(cells):
                 print(f"| {N} | {D} | {V:,} | {method} | {' | '.join(cells)} |")
 
 
 def exactness(V: int, device: str) -> None:
     """Largest errors over 1024 rows against float64. A third of the targets is the likeliest token, a third is drawn."""
-    print("\n| D | largest logit | ours: log-prob | ours: entropy | naive float32: log-prob | ours, bfloat16 inputs: log-prob |")
+    print(
+        "\n| D | largest logit | ours: log-prob | ours: entropy | naive float32: log-prob | ours, bfloat16 inputs: log-prob |"
+    )
     print("|---|---|---|---|---|---|")
     for D in (64, 576, 896, 1536):
         for largest in (30, 80):
@@ -178,57 +229,131 @@ def exactness(V: int, device: str) -> None:
                 t[::3], t[1::3] = logp[::3].argmax(-1), torch.multinomial(logp[1::3].exp(), 1)[:, 0]
                 want = logp.gather(1, t[:, None])[:, 0]
                 ours, entropy = fused_logprob(a, b, t)
-                errors += [(ours - want).abs().max(), (entropy + (logp.exp() * logp).sum(-1)).abs().max(), (naive(a, b, t) - want).abs().max()]
-            print(f"| {D} | {largest} | " + " | ".join(f"{errors[k]:.1e}" for k in (0, 1, 2, 3)) + " |")
+                errors += [
+                    (ours - want).abs().max(),
+                    (entropy + (logp.exp() * logp).sum(-1)).abs().max(),
+                    (naive(a, b, t) - want).abs().max(),
+                ]
+            print(
+                f"| {D} | {largest} | "
+                + " | ".join(f"{errors[k]:.1e}" for k in (0, 1, 2, 3))
+                + " |"
+            )
 
 
 def scoring(args) -> None:
     """Two steps of SA-GRPO on a real model, then the scorings of the second step's answers on their own."""
     import train_sa_grpo
+
     with tempfile.TemporaryDirectory() as folder:
         runtime.RUNS = Path(folder)
-        train_sa_grpo.main(["--model", args.model, "--data", args.data, "--run", "bench", "--steps", "2", "--prompts-per-step", "4", "--n", "4",
-                            "--max-new-tokens", "160", "--device", args.device])
-        metrics = json.loads((Path(folder) / "bench" / "metrics.jsonl").read_text().splitlines()[-1])
-        lines = [json.loads(line) for line in (Path(folder) / "bench" / "completions.jsonl").read_text().splitlines()]
-    tokenizer, policy = Tokenizer.from_pretrained(find_model(args.model)), GPT.from_pretrained(find_model(args.model), device=args.device)
+        train_sa_grpo.main(
+            [
+                "--model",
+                args.model,
+                "--data",
+                args.data,
+                "--run",
+                "bench",
+                "--steps",
+                "2",
+                "--prompts-per-step",
+                "4",
+                "--n",
+                "4",
+                "--max-new-tokens",
+                "160",
+                "--device",
+                args.device,
+            ]
+        )
+        metrics = json.loads(
+            (Path(folder) / "bench" / "metrics.jsonl").read_text().splitlines()[-1]
+        )
+        lines = [
+            json.loads(line)
+            for line in (Path(folder) / "bench" / "completions.jsonl").read_text().splitlines()
+        ]
+    tokenizer, policy = (
+        Tokenizer.from_pretrained(find_model(args.model)),
+        GPT.from_pretrained(find_model(args.model), device=args.device),
+    )
     lines = [line for line in lines if line["step"] == 2]
     answers = [line["tokens"] for line in lines]
     contexts = [encode_prompt(tokenizer, line["question"]) for line in lines]
     alone = [encode_prompt(tokenizer, "")] * len(answers)
-    micro = 8192 if args.device.startswith("cuda") else 512  # as the scripts choose it for a large model
-    ways = {"ppl(a given q)": (contexts, answers), "ppl(a)": (alone, answers), "both in one call": (contexts + alone, answers * 2)}
+    micro = (
+        8192 if args.device.startswith("cuda") else 512
+    )  # as the scripts choose it for a large model
+    ways = {
+        "ppl(a given q)": (contexts, answers),
+        "ppl(a)": (alone, answers),
+        "both in one call": (contexts + alone, answers * 2),
+    }
     seconds = {way: [] for way in ways}
     for _ in range(args.repeats):
         for way, (c, a) in ways.items():
-            seconds[way].append(timed(lambda: answer_logprobs(policy, c, a, micro_tokens=micro), args.device))
+            seconds[way].append(
+                timed(lambda: answer_logprobs(policy, c, a, micro_tokens=micro), args.device)
+            )
     median = {way: statistics.median(s) for way, s in seconds.items()}
     step = metrics["seconds_sampling"] + metrics["seconds_scoring"] + metrics["seconds_update"]
     tokens = {way: sum(map(len, c)) + sum(map(len, a)) for way, (c, a) in ways.items()}
-    print(f"\n{len(answers)} answers, {sum(map(len, answers))} answer tokens; a step takes {step:.1f} s: sampling {metrics['seconds_sampling']:.1f}, "
-          f"scoring {metrics['seconds_scoring']:.1f}, update {metrics['seconds_update']:.1f}\n")
+    print(
+        f"\n{len(answers)} answers, {sum(map(len, answers))} answer tokens; a step takes {step:.1f} s: sampling {metrics['seconds_sampling']:.1f}, "
+        f"scoring {metrics['seconds_scoring']:.1f}, update {metrics['seconds_update']:.1f}\n"
+    )
     print("| scoring | tokens | s | of ppl(a given q) | of the step |\n|---|---|---|---|---|")
     for way in ways:
-        print(f"| {way} | {tokens[way]:,} | {median[way]:.2f} | {median[way] / median['ppl(a given q)']:.2f} | {median[way] / step:.1%} |")
+        print(
+            f"| {way} | {tokens[way]:,} | {median[way]:.2f} | {median[way] / median['ppl(a given q)']:.2f} | {median[way] / step:.1%} |"
+        )
     second = median["both in one call"] - median["ppl(a given q)"]
-    print(f"\nppl(a), SAR's own, costs {second:.2f} s in one call with ppl(a given q): {second / step:.1%} of the step")
+    print(
+        f"\nppl(a), SAR's own, costs {second:.2f} s in one call with ppl(a given q): {second / step:.1%} of the step"
+    )
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU if there is one)")
+    p.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default: a GPU if there is one)",
+    )
     p.add_argument("--quick", action="store_true", help="one small size")
-    p.add_argument("--shapes", help="DxV, separated by commas (default: those of four models; on a GPU 1536x151936)")
+    p.add_argument(
+        "--shapes",
+        help="DxV, separated by commas (default: those of four models; on a GPU 1536x151936)",
+    )
     p.add_argument("--rows", help="N, separated by commas (default: 512,4096; on a GPU 16384)")
-    p.add_argument("--only", help="methods beside the bare matmul, separated by semicolons (default: all)")
-    p.add_argument("--passes", default="forward,both", help="forward alone, forward and backward, or both of these (default: forward,both)")
+    p.add_argument(
+        "--only", help="methods beside the bare matmul, separated by semicolons (default: all)"
+    )
+    p.add_argument(
+        "--passes",
+        default="forward,both",
+        help="forward alone, forward and backward, or both of these (default: forward,both)",
+    )
     p.add_argument("--repeats", type=int, default=5, help="rounds (default: 5)")
-    p.add_argument("--parts", default="times,memory,exactness", help="which tables (default: times,memory,exactness)")
-    p.add_argument("--save", type=Path, help="append what is measured to this file, and print the table of all it holds")
-    p.add_argument("--table", action="store_true", help="measure nothing: print the table of --save")
+    p.add_argument(
+        "--parts",
+        default="times,memory,exactness",
+        help="which tables (default: times,memory,exactness)",
+    )
+    p.add_argument(
+        "--save",
+        type=Path,
+        help="append what is measured to this file, and print the table of all it holds",
+    )
+    p.add_argument(
+        "--table", action="store_true", help="measure nothing: print the table of --save"
+    )
     p.add_argument("--model", help="instead: measure scoring within a training step of this model")
     p.add_argument("--data", help="problems for --model, e.g. gsm8k_train.jsonl")
-    p.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)  # what a fresh process is started with
+    p.add_argument(
+        "--memory-of", nargs=5, help=argparse.SUPPRESS
+    )  # what a fresh process is started with
     args = p.parse_args()
     gpu = args.device.startswith("cuda")
     runtime.prepare_machine()
@@ -240,18 +365,32 @@ def main():
         scoring(args)
         return
 
-    shapes = [tuple(map(int, s.split("x"))) for s in args.shapes.split(",")] if args.shapes else GPU_SHAPES if gpu else SHAPES
+    shapes = (
+        [tuple(map(int, s.split("x"))) for s in args.shapes.split(",")]
+        if args.shapes
+        else GPU_SHAPES
+        if gpu
+        else SHAPES
+    )
     rows = [int(n) for n in args.rows.split(",")] if args.rows else GPU_ROWS if gpu else ROWS
     if args.quick:
         shapes, rows = [(128, 8192)], [256]
     methods = [m for m in METHODS if m != "trl" or ChunkedLogProbFunction]
     if args.only is not None:
         methods = [m for m in methods if m in args.only.split(";")]
-    results = [json.loads(line) for line in args.save.read_text().splitlines()] if args.save and args.save.exists() else []
+    results = (
+        [json.loads(line) for line in args.save.read_text().splitlines()]
+        if args.save and args.save.exists()
+        else []
+    )
     bar = tqdm(unit="measurement")
     for D, V in shapes if not args.table else ():
         for N in rows:
-            parts = [times(N, D, V, methods, args.passes.split(","), args.repeats, args.device)] if "times" in args.parts else []
+            parts = (
+                [times(N, D, V, methods, args.passes.split(","), args.repeats, args.device)]
+                if "times" in args.parts
+                else []
+            )
             parts += [memory(N, D, V, methods)] if "memory" in args.parts else []
             for result in itertools.chain(*parts):
                 results.append(result)

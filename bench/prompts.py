@@ -6,6 +6,7 @@ A process is busy from the common start until its last answer ends; the rollouts
 raggedness costs, and 1.00 is perfect. Two kinds of answers: the embedded model's (mostly 20 to 200
 tokens), and geometric lengths of 128 tokens on average, at most 1,000, from a model with random weights and a few stop tokens.
 """
+
 import functools
 import time
 
@@ -37,20 +38,37 @@ def main() -> None:
         print(f"{world} processes, {PROMPTS} prompts, {N} answers each\n")
         print("| answers | mean tokens | longest | prompts | slowest / mean | seconds |")
         print("|---|---|---|---|---|---|")
-    for name, model, stop, limit in (("embedded model", trained, tokenizer.stop_ids, 256),
-                                     ("geometric", untrained, set(range(0, 25, 5)), 1000)):
+    for name, model, stop, limit in (
+        ("embedded model", trained, tokenizer.stop_ids, 256),
+        ("geometric", untrained, set(range(0, 25, 5)), 1000),
+    ):
         for way in ("dealt", "pulled"):
             busy, seconds, longest = [], [], 0
             for seed in range(3):
                 share = PROMPTS * N // world
                 mine = iter([*range(rank, PROMPTS, world), PROMPTS])
                 counter = f"{name} {way} {seed}"
-                take = (lambda: next(mine)) if way == "dealt" else (lambda: runtime.store.add(counter, 1) - 1)
+                take = (
+                    (lambda: next(mine))
+                    if way == "dealt"
+                    else (lambda: runtime.store.add(counter, 1) - 1)
+                )
                 dist.barrier()
                 began = time.perf_counter()
-                answers = generate(model, prompts, n=N, max_new_tokens=limit, stop=stop, seed=seed, take=take, at_once=share // 2)
+                answers = generate(
+                    model,
+                    prompts,
+                    n=N,
+                    max_new_tokens=limit,
+                    stop=stop,
+                    seed=seed,
+                    take=take,
+                    at_once=share // 2,
+                )
                 figures = torch.zeros(world, 2, dtype=torch.float64)
-                figures[rank] = torch.tensor([time.perf_counter() - began, sum(len(a.tokens) for a in answers)])
+                figures[rank] = torch.tensor(
+                    [time.perf_counter() - began, sum(len(a.tokens) for a in answers)]
+                )
                 most = torch.tensor(max(len(a.tokens) for a in answers))
                 dist.all_reduce(figures)
                 dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -58,7 +76,10 @@ def main() -> None:
                 seconds.append(figures[:, 0].max().item())
                 mean, longest = figures[:, 1].sum().item() / PROMPTS / N, max(longest, most.item())
             if rank == 0:
-                print(f"| {name} | {mean:.0f} | {longest} | {way} | {sum(busy) / 3:.3f} | {sum(seconds) / 3:.1f} |", flush=True)
+                print(
+                    f"| {name} | {mean:.0f} | {longest} | {way} | {sum(busy) / 3:.3f} | {sum(seconds) / 3:.1f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

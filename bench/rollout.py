@@ -13,6 +13,7 @@ The limits are measured first: the rate at which memory is read (GPU: copied) an
 which the bytes that a run cannot avoid (weights once a step, live keys and values) could be read, "matmul" that in which its
 products could be made, each as a share of the time taken.
 """
+
 import argparse
 import os
 import platform
@@ -58,7 +59,9 @@ def limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
         if torch.backends.mkldnn.is_available():
             packed = torch.ops.mkldnn._reorder_linear_weight(a)
             products.append(lambda: packed_linear(a, packed))
-    return bandwidth, 2 * 4096**3 / min(measured(product, 1, device) for product in products for _ in range(10))
+    return bandwidth, 2 * 4096**3 / min(
+        measured(product, 1, device) for product in products for _ in range(10)
+    )
 
 
 def stops(model, prompts: list[list[int]], n: int, most: int) -> set[int]:
@@ -72,7 +75,7 @@ def stops(model, prompts: list[list[int]], n: int, most: int) -> set[int]:
     rng, found = random.Random(0), set()
     for text in texts:
         end = rng.randrange(15, most)
-        near = [t for t in text[max(15, end - 8):end + 8] if t not in early]
+        near = [t for t in text[max(15, end - 8) : end + 8] if t not in early]
         found |= {min(near, key=count.__getitem__)} if near else set()
     return found
 
@@ -80,48 +83,84 @@ def stops(model, prompts: list[list[int]], n: int, most: int) -> set[int]:
 def peer(folder, config, device, dtype):
     """transformers' model, and a function that samples answers of given lengths from it."""
     import transformers
+
     transformers.logging.set_verbosity_error()
     if folder:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     else:
         kind = config.hf["model_type"]
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **{k: v for k, v in config.hf.items() if k != "model_type"}),
-                                                              dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(
+                kind, **{k: v for k, v in config.hf.items() if k != "model_type"}
+            ),
+            dtype=dtype,
+        )
     model = model.to(device).eval()
     model.generation_config = transformers.GenerationConfig()  # nothing of the checkpoint's own
 
     def sample(prompts: list[list[int]], n: int, lengths: list[int]) -> None:
         width = max(map(len, prompts))
-        tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
+        tokens = torch.tensor(
+            [[0] * (width - len(p)) + p for p in prompts], device=device
+        )  # padded on the left
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         ends = torch.tensor(lengths, device=device) + width
-        settings = transformers.GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max(lengths),
-                                                 num_return_sequences=n, pad_token_id=0)
+        settings = transformers.GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max(lengths),
+            num_return_sequences=n,
+            pad_token_id=0,
+        )
         done = transformers.StoppingCriteriaList([lambda ids, scores, **_: ids.shape[1] >= ends])
-        out = model.generate(tokens, attention_mask=mask, generation_config=settings, stopping_criteria=done if min(lengths) < max(lengths) else None)
+        out = model.generate(
+            tokens,
+            attention_mask=mask,
+            generation_config=settings,
+            stopping_criteria=done if min(lengths) < max(lengths) else None,
+        )
         assert out.shape == (len(lengths), width + max(lengths)), out.shape
+
     return sample
 
 
 def floor(model, prompts: list[list[int]], n: int, lengths: list[int]) -> tuple[float, float]:
     """Bytes and flop that no sampler without speculation avoids when all answers decode together."""
     c = model.config
-    weights = sum(p.numel() for p in model.parameters()) - (0 if c.tied else model.embedding.numel())
+    weights = sum(p.numel() for p in model.parameters()) - (
+        0 if c.tied else model.embedding.numel()
+    )
     token = 2 * c.layers * c.kv_heads * c.head_dim  # numbers in the cache
     starts = [len(p) for p in prompts for _ in range(n)]
-    read = sum((length - 1) * start + length * (length - 1) // 2 for start, length in zip(starts, lengths))  # positions attended to
+    read = sum(
+        (length - 1) * start + length * (length - 1) // 2 for start, length in zip(starts, lengths)
+    )  # positions attended to
     size = model.unembedding.dtype.itemsize
     tokens = sum(map(len, prompts)) + sum(lengths)
     head = model.unembedding.numel()
-    flop = 2 * (weights - head) * tokens + 2 * head * sum(lengths) + 4 * c.layers * c.heads * c.head_dim * read
+    flop = (
+        2 * (weights - head) * tokens
+        + 2 * head * sum(lengths)
+        + 4 * c.layers * c.heads * c.head_dim * read
+    )
     return size * (max(lengths) * weights + token * read), flop
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="1.5b", help=f"folders, separated by commas, or random weights of {', '.join(SIZES)} (default: 1.5b)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        default="1.5b",
+        help=f"folders, separated by commas, or random weights of {', '.join(SIZES)} (default: 1.5b)",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--cases", help=f"default: {CASES['cpu']} on a CPU, {CASES['cuda']} on a GPU")
+    parser.add_argument(
+        "--cases", help=f"default: {CASES['cpu']} on a CPU, {CASES['cuda']} on a GPU"
+    )
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -130,10 +169,18 @@ def main() -> None:
     device = torch.device(args.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     bandwidth, matmul = limits(device, dtype)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
+    )
     theirs = "" if args.no_peer else f", transformers {version('transformers')}"
-    print(f"{where}, {dtype}, torch {torch.__version__}{theirs}; memory {bandwidth / 1e9:.0f} GB/s, matmul {matmul / 1e9:,.0f} GFLOP/s\n")
-    print("| model | prompts x answers x tokens | tokens/s | transformers | ratio | bandwidth | matmul |\n|---|---|---|---|---|---|---|")
+    print(
+        f"{where}, {dtype}, torch {torch.__version__}{theirs}; memory {bandwidth / 1e9:.0f} GB/s, matmul {matmul / 1e9:,.0f} GFLOP/s\n"
+    )
+    print(
+        "| model | prompts x answers x tokens | tokens/s | transformers | ratio | bandwidth | matmul |\n|---|---|---|---|---|---|---|"
+    )
     cases = (args.cases or CASES[device.type]).split(",")
     bar = tqdm(total=len(cases) * len(args.model.split(",")), leave=False)
     for name in args.model.split(","):
@@ -148,24 +195,47 @@ def main() -> None:
         for case in cases:
             P, n, most = map(int, case.removesuffix("r").split("x"))
             ragged = case.endswith("r")
-            prompts = [[rng.randrange(1000, min(40000, model.config.vocab_size)) for _ in range(rng.randrange(50, 151))] for _ in range(P)]
+            prompts = [
+                [
+                    rng.randrange(1000, min(40000, model.config.vocab_size))
+                    for _ in range(rng.randrange(50, 151))
+                ]
+                for _ in range(P)
+            ]
             stop = stops(model, prompts, n, most) if ragged else set()
 
             def ours():
-                return [len(r.tokens) for r in generate(model, prompts, n=n, max_new_tokens=most, stop=stop)]
+                return [
+                    len(r.tokens)
+                    for r in generate(model, prompts, n=n, max_new_tokens=most, stop=stop)
+                ]
 
             lengths = ours()
             if sample:
                 sample(prompts, n, [min(length, 16) for length in lengths])
-            times = [(measured(ours, 1, device), measured(lambda: sample(prompts, n, lengths), 1, device) if sample else float("nan"))
-                     for _ in range(args.repeats)]
+            times = [
+                (
+                    measured(ours, 1, device),
+                    measured(lambda: sample(prompts, n, lengths), 1, device)
+                    if sample
+                    else float("nan"),
+                )
+                for _ in range(args.repeats)
+            ]
             mine, other = (statistics.median(column) for column in zip(*times))
             read, flop = floor(model, prompts, n, lengths)
-            size = f"{most}" if not ragged else f"{min(lengths)} to {max(lengths)} (mean {statistics.mean(lengths):.0f})"
+            size = (
+                f"{most}"
+                if not ragged
+                else f"{min(lengths)} to {max(lengths)} (mean {statistics.mean(lengths):.0f})"
+            )
             bar.clear()
-            print(f"| {Path(name).name} | {P} x {n} x {size} | {sum(lengths) / mine:,.0f} | " +
-                  (f"{sum(lengths) / other:,.0f} | {other / mine:.1f} | " if sample else "– | – | ") +
-                  f"{read / bandwidth / mine:.0%} | {flop / matmul / mine:.0%} |", flush=True)
+            print(
+                f"| {Path(name).name} | {P} x {n} x {size} | {sum(lengths) / mine:,.0f} | "
+                + (f"{sum(lengths) / other:,.0f} | {other / mine:.1f} | " if sample else "– | – | ")
+                + f"{read / bandwidth / mine:.0%} | {flop / matmul / mine:.0%} |",
+                flush=True,
+            )
             bar.update()
     bar.close()
 

@@ -7,6 +7,7 @@
 Runs are runs/seeds-{grpo,ppo}-{vr,sar}-s{0,1,2}, one thread each and as many at a time as there are cores; finished ones are kept
 and unfinished ones resumed. Any further flags go to the training script of runs that are begun.
 """
+
 import argparse
 import json
 import os
@@ -42,7 +43,9 @@ def run_one(algorithm: str, name: str, flags: list[str]) -> None:
     else:
         command += flags
     with open(RUNS / f"{name}.log", "a") as log:
-        code = subprocess.run(command, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log).returncode
+        code = subprocess.run(
+            command, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
+        ).returncode
     if code:
         raise ValueError(f"run {name} ended with status {code}: see {RUNS / f'{name}.log'}")
 
@@ -81,7 +84,9 @@ def collect(names: dict[str, list[str]]) -> tuple[dict, dict[str, list[dict]]]:
                 ends.setdefault(row, []).append(evals[-1])
     steps = {e["step"] for last in ends.values() for e in last}
     if len(steps) != 1:
-        raise ValueError(f"the runs end at different steps ({sorted(steps)}), or none of them is finished")
+        raise ValueError(
+            f"the runs end at different steps ({sorted(steps)}), or none of them is finished"
+        )
     return base, ends
 
 
@@ -90,30 +95,61 @@ def standard_error(values: list[float]) -> float:
 
 
 def spread(values: list[float], form: str) -> str:
-    return f"{mean(values):{form}}" + (f" ± {standard_error(values):{form}}" if len(values) > 1 else "")
+    return f"{mean(values):{form}}" + (
+        f" ± {standard_error(values):{form}}" if len(values) > 1 else ""
+    )
 
 
 def table(base: dict, ends: dict[str, list[dict]]) -> str:
-    rows = ["| | accuracy (%) | mean tokens | AES | seeds |", "|---|---|---|---|---|",
-            f"| base | {100 * base['accuracy']:.1f} | {base['length']:.1f} | | |"]
+    rows = [
+        "| | accuracy (%) | mean tokens | AES | seeds |",
+        "|---|---|---|---|---|",
+        f"| base | {100 * base['accuracy']:.1f} | {base['length']:.1f} | | |",
+    ]
     for name, last in ends.items():
-        rows.append(f"| {name} | {spread([100 * e['accuracy'] for e in last], '.1f')} | {spread([e['length'] for e in last], '.1f')} | "
-                    f"{spread([aes(e, base) for e in last], '.2f')} | {len(last)} |")
+        rows.append(
+            f"| {name} | {spread([100 * e['accuracy'] for e in last], '.1f')} | {spread([e['length'] for e in last], '.1f')} | "
+            f"{spread([aes(e, base) for e in last], '.2f')} | {len(last)} |"
+        )
     step = next(iter(ends.values()))[0]["step"]
-    return "\n".join([*rows, f"\nAfter {step} steps; {base['problems']} held-out problems, greedy; mean ± standard error."])
+    return "\n".join(
+        [
+            *rows,
+            f"\nAfter {step} steps; {base['problems']} held-out problems, greedy; mean ± standard error.",
+        ]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--algorithm", choices=("grpo", "ppo"), default="grpo")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each"
+    )
     parser.add_argument("--table", action="store_true", help="train nothing")
     args, flags = parser.parse_known_args()
-    names = {reward: [f"seeds-{args.algorithm}-{reward}-s{seed}" for seed in range(args.seeds)] for reward in ("vr", "sar")}
+    names = {
+        reward: [f"seeds-{args.algorithm}-{reward}-s{seed}" for seed in range(args.seeds)]
+        for reward in ("vr", "sar")
+    }
     if not args.table:
-        run_all([(args.algorithm, names[reward][seed], ["--reward", reward, "--seed", str(seed), *flags])
-                 for seed in range(args.seeds) for reward in names], args.jobs)
+        run_all(
+            [
+                (
+                    args.algorithm,
+                    names[reward][seed],
+                    ["--reward", reward, "--seed", str(seed), *flags],
+                )
+                for seed in range(args.seeds)
+                for reward in names
+            ],
+            args.jobs,
+        )
     title = args.algorithm.upper()
     print(table(*collect({title: names["vr"], f"SA-{title}": names["sar"]})))
 

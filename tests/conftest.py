@@ -13,6 +13,7 @@ TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
 @pytest.fixture(scope="session")
 def tokenizer():
     from data.tokenizer import Tokenizer
+
     return Tokenizer.from_pretrained(TINY)
 
 
@@ -20,6 +21,7 @@ def tokenizer():
 def model():
     """The embedded model, float32, a fresh copy for each test."""
     from model import GPT
+
     return GPT.from_pretrained(TINY)
 
 
@@ -28,6 +30,7 @@ def prompts(tokenizer):
     """Eight real prompts of mixed lengths."""
     from data.make_tiny import tiny_problems
     from data.prompts import encode_prompt
+
     return [encode_prompt(tokenizer, p.question) for p in tiny_problems("test")[:8]]
 
 

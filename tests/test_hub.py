@@ -1,4 +1,5 @@
 """data/hub.py against a loopback server that speaks a hub's resolve URLs. Nothing here leaves this machine."""
+
 import hashlib
 import itertools
 import json
@@ -51,7 +52,9 @@ class Hub:
         self.cdn = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         for server in (self.hub, self.cdn):
             server.daemon_threads = True
-            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+            threading.Thread(
+                target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+            ).start()
         self.url = f"http://127.0.0.1:{self.hub.server_port}"
 
     def close(self):
@@ -68,8 +71,12 @@ class Hub:
         self.seen.append((site, request.path, authorization))
         parts = request.path.strip("/").split("/")
         if site == "cdn" or parts[0] == "api":
-            tag = {"ETag": '"' + "b" * 64 + '"'} if site == "cdn" else {}  # a CDN's tag may be anything
-            return self.send_file(request, parts[-1], self.repos["/".join(parts[-3:-1])][parts[-1]], tag)
+            tag = (
+                {"ETag": '"' + "b" * 64 + '"'} if site == "cdn" else {}
+            )  # a CDN's tag may be anything
+            return self.send_file(
+                request, parts[-1], self.repos["/".join(parts[-3:-1])][parts[-1]], tag
+            )
         repo, file = "/".join(parts[:2]), "/".join(parts[4:])
         if parts[2] != "resolve" or parts[3] not in ("main", self.commit):
             return self.refuse(request, 404)
@@ -88,7 +95,12 @@ class Hub:
             headers["Location"] = f"http://127.0.0.1:{self.cdn.server_port}/cdn/{repo}/{file}"
             return self.send(request, 302, headers, b"moved")
         if file == "tokenizer.json":
-            return self.send(request, 307, headers | {"Location": f"/api/{repo}/{file}", "ETag": '"' + "0" * 64 + '"'}, b"")
+            return self.send(
+                request,
+                307,
+                headers | {"Location": f"/api/{repo}/{file}", "ETag": '"' + "0" * 64 + '"'},
+                b"",
+            )
         blob = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
         self.send_file(request, file, body, headers | {"ETag": f'"{blob}"'})
 
@@ -105,7 +117,9 @@ class Hub:
 
     def send_file(self, request, file, body, headers):
         fault = self.faults.get(file)
-        if fault == "short":  # a body that ends early and whose length says so: only the content can tell
+        if (
+            fault == "short"
+        ):  # a body that ends early and whose length says so: only the content can tell
             return self.send(request, 200, headers, body[: len(body) // 2])
         if fault == "flip":
             return self.send(request, 200, headers, body[:-3] + bytes([body[-3] ^ 1]) + body[-2:])
@@ -125,8 +139,13 @@ class Hub:
 
 def model_files(shards: int = 1) -> dict[str, bytes]:
     """The files of a made-up model, with random weights and names that only the sharded form has an index for."""
-    files = {"config.json": b'{"model_type": "qwen3"}', "tokenizer.json": b'{"model": {"vocab": {}}}',
-             "tokenizer_config.json": b"{}", "README.md": b"# not asked for", "pytorch_model.bin": b"\x80\x04"}
+    files = {
+        "config.json": b'{"model_type": "qwen3"}',
+        "tokenizer.json": b'{"model": {"vocab": {}}}',
+        "tokenizer_config.json": b"{}",
+        "README.md": b"# not asked for",
+        "pytorch_model.bin": b"\x80\x04",
+    }
     tensors = {f"layers.{i}.weight": torch.randn(40 + i, 30) for i in range(6)}
     if shards == 1:
         return files | {"model.safetensors": save(tensors)}
@@ -136,7 +155,11 @@ def model_files(shards: int = 1) -> dict[str, bytes]:
         part = dict(list(tensors.items())[n::shards])
         weight_map |= dict.fromkeys(part, shard)
         files[shard] = save(part)
-    return files | {"model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": weight_map}).encode()}
+    return files | {
+        "model.safetensors.index.json": json.dumps(
+            {"metadata": {}, "weight_map": weight_map}
+        ).encode()
+    }
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -149,7 +172,14 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """An environment of our own: empty caches, no token, no proxy, and by default no network at all."""
-    for name in ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "XDG_CACHE_HOME", "HF_HUB_OFFLINE"):
+    for name in (
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HF_TOKEN",
+        "HF_ENDPOINT",
+        "XDG_CACHE_HOME",
+        "HF_HUB_OFFLINE",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("SA_CACHE", str(tmp_path / "ours"))
@@ -185,11 +215,21 @@ def message(kind, *args) -> str:
 def test_a_whole_folder_is_found(place, shards):
     folder = write(place / "mine" / "model", model_files(shards))
     assert hub.find_model(str(folder)) == folder
-    assert hub.find_model("mine/model") == Path("mine/model")  # a folder comes before a repository of that name
+    assert hub.find_model("mine/model") == Path(
+        "mine/model"
+    )  # a folder comes before a repository of that name
 
 
-@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors",
-                                     "model-00002-of-00003.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors",
+        "model-00002-of-00003.safetensors",
+        "model.safetensors.index.json",
+    ],
+)
 def test_a_missing_file_is_named(place, missing):
     files = model_files(shards=1 if missing == "model.safetensors" else 3)
     del files[missing]
@@ -210,10 +250,16 @@ def test_truncated_weights_are_named(place, size, shards):
 
 def test_weights_with_bytes_too_many_or_an_absurd_header_are_named(place):
     files = model_files()
-    assert "model.safetensors" in message(ValueError, write(place / "a", files | {
-        "model.safetensors": files["model.safetensors"] + b"\0"}))
-    assert "model.safetensors" in message(ValueError, write(place / "b", files | {
-        "model.safetensors": (2**62).to_bytes(8, "little") + b"{" * 100}))
+    assert "model.safetensors" in message(
+        ValueError,
+        write(place / "a", files | {"model.safetensors": files["model.safetensors"] + b"\0"}),
+    )
+    assert "model.safetensors" in message(
+        ValueError,
+        write(
+            place / "b", files | {"model.safetensors": (2**62).to_bytes(8, "little") + b"{" * 100}
+        ),
+    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
@@ -222,9 +268,13 @@ def test_broken_json_is_named(place, name, body):
     assert name in message(ValueError, write(place / "model", model_files() | {name: body}))
 
 
-@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", ".safetensors", "x.bin", 7])
+@pytest.mark.parametrize(
+    "shard", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", ".safetensors", "x.bin", 7]
+)
 def test_an_index_cannot_point_out_of_its_folder(place, shard):
-    files = model_files(2) | {"model.safetensors.index.json": json.dumps({"weight_map": {"t": shard}}).encode()}
+    files = model_files(2) | {
+        "model.safetensors.index.json": json.dumps({"weight_map": {"t": shard}}).encode()
+    }
     assert "plain .safetensors file name" in message(ValueError, write(place / "model", files))
 
 
@@ -237,7 +287,10 @@ def test_a_shard_without_a_tensor_that_the_index_promises(place):
     assert "lost.weight" in text and "model-00001-of-00002.safetensors" in text
 
 
-@pytest.mark.parametrize("name", ["", "nosuch", "./nosuch", "a/b/c", "~/nosuch", "../x/y", "own..er/name", "a/b\n", "x" * 200])
+@pytest.mark.parametrize(
+    "name",
+    ["", "nosuch", "./nosuch", "a/b/c", "~/nosuch", "../x/y", "own..er/name", "a/b\n", "x" * 200],
+)
 def test_a_name_that_means_nothing(place, name):
     text = message(FileNotFoundError, name)
     assert "neither a folder" in text and "qwen-1.5b" in text
@@ -259,17 +312,27 @@ def test_the_embedded_model_is_a_folder_of_this_repository(place, monkeypatch):
 # the Hugging Face cache
 
 
-def snapshot(cache: Path, repo: str, files: dict[str, bytes], revision: str = COMMIT, main: str | None = None) -> Path:
+def snapshot(
+    cache: Path, repo: str, files: dict[str, bytes], revision: str = COMMIT, main: str | None = None
+) -> Path:
     folder = cache / f"models--{repo.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(main or revision)
     return write(folder / "snapshots" / revision, files)
 
 
-@pytest.mark.parametrize("variable, value, cache", [
-    ("HF_HOME", "here", "here/hub"), ("HF_HUB_CACHE", "there", "there"), ("XDG_CACHE_HOME", "xdg", "xdg/huggingface/hub"),
-    ("HOME", "home", "home/.cache/huggingface/hub")])
-def test_the_cache_is_looked_up_where_the_environment_says(place, monkeypatch, variable, value, cache):
+@pytest.mark.parametrize(
+    "variable, value, cache",
+    [
+        ("HF_HOME", "here", "here/hub"),
+        ("HF_HUB_CACHE", "there", "there"),
+        ("XDG_CACHE_HOME", "xdg", "xdg/huggingface/hub"),
+        ("HOME", "home", "home/.cache/huggingface/hub"),
+    ],
+)
+def test_the_cache_is_looked_up_where_the_environment_says(
+    place, monkeypatch, variable, value, cache
+):
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv(variable, str(place / value))
     whole = snapshot(place / cache, "Qwen/Qwen2.5-1.5B", model_files(2))
@@ -279,7 +342,9 @@ def test_the_cache_is_looked_up_where_the_environment_says(place, monkeypatch, v
 def test_the_cache_is_read_as_its_own_library_reads_it(place):
     peer = pytest.importorskip("huggingface_hub")
     snapshot(place / "hf" / "hub", "some/model", model_files())
-    theirs = peer.try_to_load_from_cache("some/model", "config.json", cache_dir=place / "hf" / "hub")
+    theirs = peer.try_to_load_from_cache(
+        "some/model", "config.json", cache_dir=place / "hf" / "hub"
+    )
     assert hub.find_model("some/model") / "config.json" == Path(theirs)
 
 
@@ -309,7 +374,11 @@ def nothing_whole(place: Path, repo: str) -> bool:
 
 
 def leftovers(place: Path) -> list[str]:
-    return sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.name.endswith((".unchecked", ".partial")) and p.is_file())
+    return sorted(
+        str(p.relative_to(place))
+        for p in place.rglob("*")
+        if p.name.endswith((".unchecked", ".partial")) and p.is_file()
+    )
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -327,11 +396,17 @@ def test_download(place, server, shards, commit, announce):
     for path in folder.glob("*.safetensors"):
         load_file(path)
     # all files after the first come from the first one's revision
-    assert all(f"/resolve/{commit or 'main'}/" in path for _, path, _ in server.seen[1:] if "/resolve/" in path)
+    assert all(
+        f"/resolve/{commit or 'main'}/" in path
+        for _, path, _ in server.seen[1:]
+        if "/resolve/" in path
+    )
     assert len(server.seen) > 4
 
     server.seen.clear()
-    assert hub.find_model("qwen-1.5b") == folder and not server.seen  # the second time nobody is asked
+    assert (
+        hub.find_model("qwen-1.5b") == folder and not server.seen
+    )  # the second time nobody is asked
     assert not leftovers(place)
 
 
@@ -341,9 +416,17 @@ def test_optional_files_may_be_absent(place, server):
     assert not (hub.find_model("some/model") / "tokenizer_config.json").exists()
 
 
-@pytest.mark.parametrize("file, fault, announce", [
-    *itertools.product(["config.json", "tokenizer.json", "model-00002-of-00003.safetensors"], ["cut", "short", "500"], [True, False]),
-    ("model-00002-of-00003.safetensors", "flip", True)])  # of other files no hash is told: a flipped bit cannot be seen
+@pytest.mark.parametrize(
+    "file, fault, announce",
+    [
+        *itertools.product(
+            ["config.json", "tokenizer.json", "model-00002-of-00003.safetensors"],
+            ["cut", "short", "500"],
+            [True, False],
+        ),
+        ("model-00002-of-00003.safetensors", "flip", True),
+    ],
+)  # of other files no hash is told: a flipped bit cannot be seen
 def test_a_damaged_download_leaves_nothing_that_looks_whole(place, server, file, fault, announce):
     server.announce = announce
     server.repos["some/model"] = model_files(3)
@@ -367,7 +450,9 @@ def test_what_has_come_well_is_not_asked_for_again(place, server):
     assert server.asked("model-00003-of-00003.safetensors") == 2
 
 
-@pytest.mark.parametrize("before, commit", [(COMMIT, "f" * 40), (COMMIT, None), (None, COMMIT), (None, None)])
+@pytest.mark.parametrize(
+    "before, commit", [(COMMIT, "f" * 40), (COMMIT, None), (None, COMMIT), (None, None)]
+)
 def test_files_of_two_revisions_are_never_mixed(place, server, before, commit):
     server.commit = before
     server.repos["some/model"] = model_files(3)
@@ -377,7 +462,11 @@ def test_files_of_two_revisions_are_never_mixed(place, server, before, commit):
     server.faults.clear()
     server.commit = commit
     folder = hub.find_model("some/model")
-    assert all((folder / name).read_bytes() == files[name] for name in files if name.endswith(".safetensors"))
+    assert all(
+        (folder / name).read_bytes() == files[name]
+        for name in files
+        if name.endswith(".safetensors")
+    )
 
 
 def test_a_shard_that_does_not_fit_the_index_is_refused_and_forgotten(place, server):
@@ -403,8 +492,12 @@ def test_a_stalled_server_does_not_hang(place, server, monkeypatch):
 def test_a_killed_download_leaves_nothing_that_looks_whole(place, server):
     server.repos["some/model"] = model_files(3)
     server.faults["model-00002-of-00003.safetensors"] = "stall"
-    child = subprocess.Popen([sys.executable, "-c", "from data.hub import find_model; find_model('some/model')"], cwd=ROOT,
-                             env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-c", "from data.hub import find_model; find_model('some/model')"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )
     try:
         deadline = time.monotonic() + 60
         while not leftovers(place) or not server.asked("model-00002-of-00003.safetensors", "cdn"):
@@ -425,7 +518,10 @@ def test_a_killed_download_leaves_nothing_that_looks_whole(place, server):
 def test_two_at_once_download_once(place, server):
     server.repos["some/model"] = model_files(2)
     found = []
-    threads = [threading.Thread(target=lambda: found.append(hub.find_model("some/model"))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: found.append(hub.find_model("some/model")))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -439,11 +535,17 @@ def test_the_token_opens_a_gated_repository_and_stays_at_its_site(place, server,
     server.gated.add("google/gemma-3-1b-it")
     server.token = "hf_secret"
     text = message(FileNotFoundError, "gemma3-1b")
-    assert "HF_TOKEN" in text and "gated" in text and str(place / "ours" / "google--gemma-3-1b-it") in text
+    assert (
+        "HF_TOKEN" in text
+        and "gated" in text
+        and str(place / "ours" / "google--gemma-3-1b-it") in text
+    )
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     server.seen.clear()
     hub.find_model("gemma3-1b")
-    assert {authorization for site, _, authorization in server.seen if site == "hub"} == {"Bearer hf_secret"}
+    assert {authorization for site, _, authorization in server.seen if site == "hub"} == {
+        "Bearer hf_secret"
+    }
     assert {authorization for site, _, authorization in server.seen if site == "cdn"} == {None}
     assert "hf_secret" not in message(FileNotFoundError, "no/such")
 
@@ -475,8 +577,12 @@ def test_offline_means_no_connection(place, server, monkeypatch):
 
 def test_nobody_there(place):
     text = message(FileNotFoundError, "qwen-1.5b")
-    for said in ("Qwen/Qwen2.5-1.5B", str(place / "hf" / "hub" / "models--Qwen--Qwen2.5-1.5B"),
-                 str(place / "ours" / "Qwen--Qwen2.5-1.5B"), "http://127.0.0.1:9"):
+    for said in (
+        "Qwen/Qwen2.5-1.5B",
+        str(place / "hf" / "hub" / "models--Qwen--Qwen2.5-1.5B"),
+        str(place / "ours" / "Qwen--Qwen2.5-1.5B"),
+        "http://127.0.0.1:9",
+    ):
         assert said in text
 
 
@@ -488,6 +594,7 @@ def test_an_endpoint_that_is_no_web_address(place, monkeypatch, address):
 
 def test_something_that_is_no_web_server(place, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
+
         def talk():
             while True:
                 try:

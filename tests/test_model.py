@@ -1,4 +1,5 @@
 """model.py: the five families against stored vectors and transformers, the KV cache against the full forward, files."""
+
 import json
 import os
 import shutil
@@ -9,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from make_model_vectors import CASES, LENGTH, VECTORS, tokens, weights
 from safetensors.torch import load_file, save_file
 
-from make_model_vectors import CASES, LENGTH, VECTORS, tokens, weights
 from model import GPT, GPTConfig, KVCache, hf_places
 
 STORED = json.loads((VECTORS / "cases.json").read_text())
@@ -27,7 +28,11 @@ def write_folder(folder: Path, case: str) -> Path:
     """A model folder as transformers writes it, of a stored case."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(STORED[case]["config"]))
-    save_file(weights(STORED[case]["shapes"], STORED[case]["seed"]), folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        weights(STORED[case]["shapes"], STORED[case]["seed"]),
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     return folder
 
 
@@ -45,7 +50,9 @@ def random_model(case: str, dtype=torch.float32, **changes) -> GPT:
 
 def share_of_range(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Largest difference, as a share of the range of what should have come out."""
-    return ((ours.double() - theirs.double()).abs().max() / (theirs.max() - theirs.min()).double()).item()
+    return (
+        (ours.double() - theirs.double()).abs().max() / (theirs.max() - theirs.min()).double()
+    ).item()
 
 
 @torch.no_grad()
@@ -54,6 +61,7 @@ def logits(model: GPT, ids: torch.Tensor, cache=None) -> torch.Tensor:
 
 
 # Families against vectors that transformers computed -----------------------------------------------------------------
+
 
 @pytest.mark.parametrize("case", STORED)
 def test_stored_vectors(case, tmp_path):
@@ -67,7 +75,10 @@ def test_stored_vectors(case, tmp_path):
 def test_saved_as_transformers_saves(case, dtype, tmp_path):
     model = GPT.from_pretrained(write_folder(tmp_path / "in", case), dtype=dtype)
     model.save_pretrained(tmp_path / "out")
-    saved, given = load_file(tmp_path / "out/model.safetensors"), load_file(tmp_path / "in/model.safetensors")
+    saved, given = (
+        load_file(tmp_path / "out/model.safetensors"),
+        load_file(tmp_path / "in/model.safetensors"),
+    )
     assert saved.keys() == given.keys()
     assert all(torch.equal(saved[name], given[name].to(dtype)) for name in given)
     config = STORED[case]["config"] | {"dtype": str(dtype).removeprefix("torch.")}
@@ -77,12 +88,30 @@ def test_saved_as_transformers_saves(case, dtype, tmp_path):
 def test_older_spelling_of_config():
     """rope_theta, rope_scaling, rope_local_base_freq and torch_dtype side by side, as before transformers 5."""
     for case, old in (
-            ("llama, scaled rope, untied", lambda r: {"rope_theta": r.pop("rope_theta"), "rope_scaling": r}),
-            ("phi-3.5, long", lambda r: {"rope_theta": r.pop("rope_theta"), "rope_scaling": {
-                "type": r["rope_type"], "short_factor": r["short_factor"], "long_factor": r["long_factor"]}}),
-            ("gemma 3, scaled rope", lambda r: {
-                "rope_theta": r["full_attention"].pop("rope_theta"), "rope_scaling": r["full_attention"],
-                "rope_local_base_freq": r["sliding_attention"]["rope_theta"]})):
+        (
+            "llama, scaled rope, untied",
+            lambda r: {"rope_theta": r.pop("rope_theta"), "rope_scaling": r},
+        ),
+        (
+            "phi-3.5, long",
+            lambda r: {
+                "rope_theta": r.pop("rope_theta"),
+                "rope_scaling": {
+                    "type": r["rope_type"],
+                    "short_factor": r["short_factor"],
+                    "long_factor": r["long_factor"],
+                },
+            },
+        ),
+        (
+            "gemma 3, scaled rope",
+            lambda r: {
+                "rope_theta": r["full_attention"].pop("rope_theta"),
+                "rope_scaling": r["full_attention"],
+                "rope_local_base_freq": r["sliding_attention"]["rope_theta"],
+            },
+        ),
+    ):
         config = json.loads(json.dumps(STORED[case]["config"]))
         new = GPTConfig.from_hf(config)
         config |= old(config.pop("rope_parameters"))
@@ -98,11 +127,12 @@ def test_older_spelling_of_config():
 
 # KV cache against the full forward -----------------------------------------------------------------------------------
 
+
 def full_forward(model, row):
     """What each position of one sequence (T,) sees of the model when it is the last one: (T, D)."""
-    if model.config.rope_switch is None:                                  # causal: one forward tells all
+    if model.config.rope_switch is None:  # causal: one forward tells all
         return model(row[None])[0]
-    return torch.stack([model(row[None, :t + 1])[0, -1] for t in range(len(row))])
+    return torch.stack([model(row[None, : t + 1])[0, -1] for t in range(len(row))])
 
 
 @pytest.mark.parametrize("case", STORED)
@@ -110,22 +140,27 @@ def full_forward(model, row):
 def test_cache_equals_full_forward_at_every_position(case):
     """Prompts of mixed lengths in one padded prefill, then a token at a time; float64 leaves no room for excuses."""
     model = random_model(case, torch.float64)
-    lengths = torch.tensor([1, 7, 20, 13])                                # Gemma's window is 12, Phi's switch 32 or 64
+    lengths = torch.tensor([1, 7, 20, 13])  # Gemma's window is 12, Phi's switch 32 or 64
     steps = 50
     ids = torch.randint(0, model.config.vocab_size, (4, 20 + steps))
     want = [full_forward(model, row) for row in ids]
     cache = KVCache(model.config, 5, 80, dtype=torch.float64)
-    got = model(torch.where(torch.arange(20) < lengths[:, None], ids[:, :20], 3), cache)   # (4, 20, D)
+    got = model(
+        torch.where(torch.arange(20) < lengths[:, None], ids[:, :20], 3), cache
+    )  # (4, 20, D)
     assert cache.longest == 20 and cache.lengths.tolist() == [20] * 4 + [0]
     for row, n in enumerate(lengths):
         assert share_of_range(got[row, :n], want[row][:n]) < 1e-12
     cache.lengths[:4] = lengths
     for step in range(steps):
         at = lengths + step
-        got = model(ids[torch.arange(4), at][:, None], cache)             # (4, 1, D)
+        got = model(ids[torch.arange(4), at][:, None], cache)  # (4, 1, D)
         for row in range(4):
             assert share_of_range(got[row, 0], want[row][at[row]]) < 1e-12, (row, step)
-    assert cache.longest == 20 + steps and cache.lengths.tolist() == [*(lengths + steps).tolist(), 0]
+    assert cache.longest == 20 + steps and cache.lengths.tolist() == [
+        *(lengths + steps).tolist(),
+        0,
+    ]
 
 
 @pytest.mark.parametrize("case", STORED)
@@ -135,20 +170,28 @@ def test_cache_takes_several_tokens_and_copies(case):
     model = random_model(case, torch.float64)
     ids = torch.randint(0, model.config.vocab_size, (3, 60))
     want = [full_forward(model, row) for row in ids]
-    cache, pack = KVCache(model.config, 3, 64, dtype=torch.float64), KVCache(model.config, 1, 30, dtype=torch.float64)
+    cache, pack = (
+        KVCache(model.config, 3, 64, dtype=torch.float64),
+        KVCache(model.config, 1, 30, dtype=torch.float64),
+    )
     at = [5, 18, 26]
     for row in (2, 0, 1):
         pack.longest = 0
         pack.lengths.zero_()
-        assert share_of_range(model(ids[row:row + 1, :at[row]], pack)[0, -1], want[row][at[row] - 1]) < 1e-12
+        assert (
+            share_of_range(
+                model(ids[row : row + 1, : at[row]], pack)[0, -1], want[row][at[row] - 1]
+            )
+            < 1e-12
+        )
         cache.copy(slice(row, row + 1), pack, 0, at[row])
     cache.longest = max(at)
     for T in (3, 1, 4, 6):
-        got = model(torch.stack([row[n:n + T] for row, n in zip(ids, at)]), cache)
+        got = model(torch.stack([row[n : n + T] for row, n in zip(ids, at)]), cache)
         at = [n + T for n in at]
-        for row in range(3):                                              # the last: Phi goes by the length reached
+        for row in range(3):  # the last: Phi goes by the length reached
             assert share_of_range(got[row, -1], want[row][at[row] - 1]) < 1e-12, (row, T)
-    cache.copy(slice(0, 1), cache, 2, at[2])                              # row 0 ended, the last one takes its place
+    cache.copy(slice(0, 1), cache, 2, at[2])  # row 0 ended, the last one takes its place
     for step in range(at[2], 60):
         got = model(torch.stack([ids[2, step], ids[1, at[1]]])[:, None], cache)
         at[1] += 1
@@ -167,14 +210,16 @@ def test_cache_in_float32_ignores_what_lies_beyond_the_lengths(case):
         model(ids[:, :20], cache)
         cache.lengths[:] = torch.tensor([20, 9])
     for t in range(20, 30):
-        assert torch.equal(model(ids[:, t:t + 1], clean), model(ids[:, t:t + 1], dirty))
+        assert torch.equal(model(ids[:, t : t + 1], clean), model(ids[:, t : t + 1], dirty))
 
 
 def test_cache_says_when_it_is_full():
     model = random_model("qwen3")
     cache = KVCache(model.config, 2, 8)
     model(torch.zeros(2, 8, dtype=torch.int64), cache)
-    with pytest.raises(ValueError, match="2 rows of 8 tokens, of which 8 are taken: 2 rows of 1 more do not fit"):
+    with pytest.raises(
+        ValueError, match="2 rows of 8 tokens, of which 8 are taken: 2 rows of 1 more do not fit"
+    ):
         model(torch.zeros(2, 1, dtype=torch.int64), cache)
     with pytest.raises(ValueError, match="do not fit"):
         model(torch.zeros(3, 1, dtype=torch.int64), KVCache(model.config, 2, 8))
@@ -194,26 +239,32 @@ def test_rope_switch_needs_the_tokens():
 def test_padded_prefill_beyond_the_rope_switch():
     """A short row in a pack of a long one was read with the long factors; it is read anew when it goes on alone."""
     model = random_model("phi-3.5, long", torch.float64)
-    ids = torch.randint(0, model.config.vocab_size, (2, 45))              # the switch is 32
-    pack, cache = KVCache(model.config, 2, 45, dtype=torch.float64), KVCache(model.config, 1, 64, dtype=torch.float64)
+    ids = torch.randint(0, model.config.vocab_size, (2, 45))  # the switch is 32
+    pack, cache = (
+        KVCache(model.config, 2, 45, dtype=torch.float64),
+        KVCache(model.config, 1, 64, dtype=torch.float64),
+    )
     model(ids, pack)
     cache.copy(slice(0, 1), pack, 1, 10)
     cache.longest = 10
     want = full_forward(model, ids[1])
     for t in range(10, 45):
-        assert share_of_range(model(ids[1:, t:t + 1], cache)[0, 0], want[t]) < 1e-12
+        assert share_of_range(model(ids[1:, t : t + 1], cache)[0, 0], want[t]) < 1e-12
 
 
 # The model itself ----------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("case", STORED)
 @torch.no_grad()
 def test_padding_on_the_right_changes_nothing(case):
     model = random_model(case, torch.float64)
-    ids = torch.randint(0, model.config.vocab_size, (3, 31))              # within Phi's switch: its rope goes by T
+    ids = torch.randint(
+        0, model.config.vocab_size, (3, 31)
+    )  # within Phi's switch: its rope goes by T
     whole = model(ids)
     for row, length in enumerate((1, 14, 31)):
-        assert share_of_range(whole[row, :length], model(ids[row:row + 1, :length])[0]) < 1e-12
+        assert share_of_range(whole[row, :length], model(ids[row : row + 1, :length])[0]) < 1e-12
 
 
 @pytest.mark.parametrize("case", STORED)
@@ -225,6 +276,7 @@ def test_every_parameter_gets_its_gradient(case):
 
     def loss():
         return ((model(ids) @ model.unembedding.T).log_softmax(-1) * probe).sum()
+
     loss().backward()
     for name, p in model.named_parameters():
         direction = torch.randn_like(p)
@@ -257,7 +309,7 @@ def test_bfloat16_and_autocast(case):
     model.to(torch.bfloat16)
     low = model(ids)
     assert low.dtype == torch.bfloat16 and (low - exact).abs().mean().item() < 0.06 * scale
-    assert torch.equal(model.frequencies, frequencies)                    # not rounded along
+    assert torch.equal(model.frequencies, frequencies)  # not rounded along
 
 
 def test_random_weights_follow_the_global_generator():
@@ -273,15 +325,22 @@ def test_random_weights_follow_the_global_generator():
 
 # Files ---------------------------------------------------------------------------------------------------------------
 
+
 def shard(folder: Path):
     """Split model.safetensors in two, with an index, as transformers does with large models."""
     whole = load_file(folder / "model.safetensors")
     names = sorted(whole)
-    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    parts = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
     for file, part in parts.items():
         save_file({name: whole[name] for name in part}, folder / file, {"format": "pt"})
     (folder / "model.safetensors").unlink()
-    index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: file for file, part in parts.items() for name in part},
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -294,46 +353,76 @@ def test_shards(tmp_path):
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model-00002-of-00002.safetensors is missing"):
         GPT.from_pretrained(folder)
-    for index in ({}, {"weight_map": {}}, {"weight_map": {"a": "../elsewhere.safetensors"}}, {"weight_map": {"a": 1}}):
+    for index in (
+        {},
+        {"weight_map": {}},
+        {"weight_map": {"a": "../elsewhere.safetensors"}},
+        {"weight_map": {"a": 1}},
+    ):
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(ValueError, match="should have a weight_map"):
             GPT.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("case, changes, says", (
-    ("llama", {"model_type": "bert"}, "'bert' like this is not supported: known are llama"),
-    ("llama", {"model_type": None}, "known are llama"),
-    ("llama", {"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
-    ("qwen3", {"model_type": "qwen3_moe"}, "mixture of experts"),
-    ("llama", {"num_local_experts": 8}, "mixture of experts"),
-    ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantised"),
-    ("gemma 3", {"model_type": "gemma3"}, "text checkpoint"),
-    ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-    ("llama", {"attention_bias": True}, "attention_bias"),
-    ("llama", {"mlp_bias": True}, "mlp_bias"),
-    ("qwen2.5", {"use_sliding_window": True}, "use_sliding_window"),
-    ("gemma 3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
-    ("gemma 3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-    ("gemma 3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-    ("gemma 3", {"hidden_activation": "relu"}, "activation is 'relu'"),
-    ("llama", {"hidden_act": "gelu"}, "activation is 'gelu'"),
-    ("llama", {"hidden_size": None}, "hidden_size should be a positive int, not None"),
-    ("llama", {"hidden_size": "64"}, "hidden_size should be a positive int, not '64'"),
-    ("llama", {"num_hidden_layers": 0}, "num_hidden_layers should be"),
-    ("llama", {"num_attention_heads": True}, "num_attention_heads should be"),
-    ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps should be"),
-    ("llama", {"num_key_value_heads": 4}, "6 heads cannot share 4 key/value heads"),
-    ("llama", {"head_dim": 9}, "head_dim 9 is odd"),
-    ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "type 'yarn'"),
-    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "linear needs factor"),
-    ("llama", {"rope_parameters": [1]}, "should be an object, not [1]"),
-    ("llama", {"rope_parameters": None, "rope_theta": -1}, "needs rope_theta"),
-    ("phi-3.5, long", {"partial_rotary_factor": 0.75, "rope_parameters": None}, "partial_rotary_factor 0.75"),
-    ("phi-3.5, long", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1, 2],
-                                           "long_factor": [1, 2]}}, "longrope needs short_factor"),
-    ("gemma 3", {"layer_types": ["full_attention"]}, "layer_types should be 2 of"),
-    ("gemma 3", {"sliding_window": -1}, "sliding_window should be"),
-))
+@pytest.mark.parametrize(
+    "case, changes, says",
+    (
+        ("llama", {"model_type": "bert"}, "'bert' like this is not supported: known are llama"),
+        ("llama", {"model_type": None}, "known are llama"),
+        ("llama", {"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
+        ("qwen3", {"model_type": "qwen3_moe"}, "mixture of experts"),
+        ("llama", {"num_local_experts": 8}, "mixture of experts"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        ("gemma 3", {"model_type": "gemma3"}, "text checkpoint"),
+        (
+            "llama",
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "LlamaForSequenceClassification",
+        ),
+        ("llama", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("qwen2.5", {"use_sliding_window": True}, "use_sliding_window"),
+        ("gemma 3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("gemma 3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("gemma 3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma 3", {"hidden_activation": "relu"}, "activation is 'relu'"),
+        ("llama", {"hidden_act": "gelu"}, "activation is 'gelu'"),
+        ("llama", {"hidden_size": None}, "hidden_size should be a positive int, not None"),
+        ("llama", {"hidden_size": "64"}, "hidden_size should be a positive int, not '64'"),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers should be"),
+        ("llama", {"num_attention_heads": True}, "num_attention_heads should be"),
+        ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps should be"),
+        ("llama", {"num_key_value_heads": 4}, "6 heads cannot share 4 key/value heads"),
+        ("llama", {"head_dim": 9}, "head_dim 9 is odd"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "type 'yarn'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+            "linear needs factor",
+        ),
+        ("llama", {"rope_parameters": [1]}, "should be an object, not [1]"),
+        ("llama", {"rope_parameters": None, "rope_theta": -1}, "needs rope_theta"),
+        (
+            "phi-3.5, long",
+            {"partial_rotary_factor": 0.75, "rope_parameters": None},
+            "partial_rotary_factor 0.75",
+        ),
+        (
+            "phi-3.5, long",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1, 2],
+                    "long_factor": [1, 2],
+                }
+            },
+            "longrope needs short_factor",
+        ),
+        ("gemma 3", {"layer_types": ["full_attention"]}, "layer_types should be 2 of"),
+        ("gemma 3", {"sliding_window": -1}, "sliding_window should be"),
+    ),
+)
 def test_unsupported_configs_say_so(case, changes, says, tmp_path):
     folder = write_folder(tmp_path, case)
     (folder / "config.json").write_text(json.dumps(STORED[case]["config"] | changes))
@@ -355,21 +444,38 @@ def test_bad_folders_say_so(tmp_path):
     good, whole = load_file(file), file.read_bytes()
     some = "model.layers.1.mlp.up_proj.weight"
     for tensors, words in (
-            ({k: w for k, w in good.items() if k != some}, f"lack 1 tensors: {some}"),
-            (good | {"model.layers.0.mlp.gate_proj.qzeros": good[some].clone()}, "also hold 1 tensors: model.layers.0"),
-            (good | {some: good[some][:-1].clone()}, f"{some} has shape (71, 48), config.json asks for (72, 48)"),
-            (good | {some: good[some].to(torch.int8)}, f"{some} is stored as I8; quantised"),
-            (good | {some: good[some].to(torch.float8_e4m3fn)}, "F8_E4M3; quantised"),
-            (good | {some: torch.full_like(good[some], float("nan"))}, f"{some} holds NaN or infinity"),
-            (good | {some: good[some] / 0}, f"{some} holds NaN or infinity")):
+        ({k: w for k, w in good.items() if k != some}, f"lack 1 tensors: {some}"),
+        (
+            good | {"model.layers.0.mlp.gate_proj.qzeros": good[some].clone()},
+            "also hold 1 tensors: model.layers.0",
+        ),
+        (
+            good | {some: good[some][:-1].clone()},
+            f"{some} has shape (71, 48), config.json asks for (72, 48)",
+        ),
+        (good | {some: good[some].to(torch.int8)}, f"{some} is stored as I8; quantised"),
+        (good | {some: good[some].to(torch.float8_e4m3fn)}, "F8_E4M3; quantised"),
+        (good | {some: torch.full_like(good[some], float("nan"))}, f"{some} holds NaN or infinity"),
+        (good | {some: good[some] / 0}, f"{some} holds NaN or infinity"),
+    ):
         save_file(tensors, file)
         says(ValueError, words)
-    for broken in (whole[:-100], whole[:50], b"", b"\xff" * 64, b"version https://git-lfs.github.com/spec/v1\noid"):
+    for broken in (
+        whole[:-100],
+        whole[:50],
+        b"",
+        b"\xff" * 64,
+        b"version https://git-lfs.github.com/spec/v1\noid",
+    ):
         file.write_bytes(broken)
         says(ValueError, "is not a whole safetensors file")
     file.unlink()
     says(FileNotFoundError, "model.safetensors is missing")
-    for text, words in (("{", "is not JSON"), ("[]", "hold a JSON object, not a list"), ("[" * 100000, "is not JSON")):
+    for text, words in (
+        ("{", "is not JSON"),
+        ("[]", "hold a JSON object, not a list"),
+        ("[" * 100000, "is not JSON"),
+    ):
         config.write_text(text)
         says(ValueError, words)
     config.write_bytes(b"\xff\xfe")
@@ -380,7 +486,9 @@ def test_a_repeated_tied_head_must_be_the_embedding(tmp_path):
     folder = write_folder(tmp_path, "llama")
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)   # old files hold it; nobody needs it
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(
+        6
+    )  # old files hold it; nobody needs it
     save_file(tensors, folder / "model.safetensors")
     assert torch.equal(GPT.from_pretrained(folder).unembedding, tensors["lm_head.weight"])
     tensors["lm_head.weight"][3, 3] += 1
@@ -407,8 +515,12 @@ print((status("VmHWM") - before) / weights, weights)
 
 def peak_of_loading(folder, dtype) -> float:
     """Peak memory of from_pretrained in a fresh process over the memory of the weights, both in bytes."""
-    out = subprocess.run([sys.executable, "-c", PEAK, str(folder), dtype], capture_output=True, text=True,
-                         cwd=Path(__file__).resolve().parent.parent)
+    out = subprocess.run(
+        [sys.executable, "-c", PEAK, str(folder), dtype],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parent.parent,
+    )
     if out.returncode == 77:
         pytest.skip("the peak of memory cannot be reset here")
     assert out.returncode == 0, out.stderr[-2000:]
@@ -417,16 +529,23 @@ def peak_of_loading(folder, dtype) -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
 def test_loading_is_frugal(tmp_path):
-    config = dict(STORED["qwen3"]["config"], vocab_size=90000, hidden_size=256, intermediate_size=12288)
+    config = dict(
+        STORED["qwen3"]["config"], vocab_size=90000, hidden_size=256, intermediate_size=12288
+    )
     with torch.device("meta"):
-        shapes = {name: place.shape for name, place in hf_places(GPT(GPTConfig.from_hf(config))).items()}
+        shapes = {
+            name: place.shape for name, place in hf_places(GPT(GPTConfig.from_hf(config))).items()
+        }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file({name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()},
-              tmp_path / "model.safetensors")
-    assert peak_of_loading(tmp_path, "float32") < 1.1                     # 262 MB from 131
+    save_file(
+        {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()},
+        tmp_path / "model.safetensors",
+    )
+    assert peak_of_loading(tmp_path, "float32") < 1.1  # 262 MB from 131
 
 
 # Against transformers itself, where it is installed ------------------------------------------------------------------
+
 
 @pytest.fixture(scope="session")
 def transformers():
@@ -437,13 +556,17 @@ def transformers():
 
 
 def theirs(transformers, folder, dtype=torch.float32, attention="eager"):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention
+    ).eval()
 
 
 def random_folder(transformers, folder, case, kv_heads, tied) -> Path:
     """A folder that transformers saved, in shards, with fresh weights in every tensor."""
     config = dict(CASES[case], num_key_value_heads=kv_heads, tie_word_embeddings=tied)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**config)
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(weights({name: list(p.shape)}, int(torch.randint(2**31, ())))[name])
@@ -466,7 +589,9 @@ def test_parity_with_transformers(case, kv_heads, tied, transformers, tmp_path):
         assert torch.equal(theirs(transformers, tmp_path / "ours")(ids).logits, exact)
         low = theirs(transformers, folder, torch.bfloat16, "sdpa")(ids).logits
     low_ours = logits(GPT.from_pretrained(folder, dtype=torch.bfloat16), ids)
-    check_parity(f"{case}, {kv_heads} kv heads, {'tied' if tied else 'untied'}", share, low_ours, low, exact)
+    check_parity(
+        f"{case}, {kv_heads} kv heads, {'tied' if tied else 'untied'}", share, low_ours, low, exact
+    )
 
 
 def check_parity(what, share, low_ours, low_theirs, exact):
@@ -477,9 +602,14 @@ def check_parity(what, share, low_ours, low_theirs, exact):
     table: pytest -rP -k parity tests/test_model.py
     """
     extent = exact.max() - exact.min()
-    ours, theirs = (low_ours.float() - exact).abs() / extent, (low_theirs.float() - exact).abs() / extent
-    print(f"PARITY | {what} | float32 {share:.1e} | bfloat16 mean ours {ours.mean():.1e} theirs {theirs.mean():.1e}, "
-          f"max ours {ours.max():.1e} theirs {theirs.max():.1e} | of a range of {extent:.1f}")
+    ours, theirs = (
+        (low_ours.float() - exact).abs() / extent,
+        (low_theirs.float() - exact).abs() / extent,
+    )
+    print(
+        f"PARITY | {what} | float32 {share:.1e} | bfloat16 mean ours {ours.mean():.1e} theirs {theirs.mean():.1e}, "
+        f"max ours {ours.max():.1e} theirs {theirs.max():.1e} | of a range of {extent:.1f}"
+    )
     assert share < 2e-5
     assert ours.mean() < 1.5 * theirs.mean()
     assert np.quantile(ours.numpy(), 0.99) < 1.5 * np.quantile(theirs.numpy(), 0.99)
@@ -494,15 +624,21 @@ up to 3 + 8 + 15 + 20 = 46, so the fifth number is $60 - 46 = \\boxed{14}$.
 """
 
 
-@pytest.mark.skipif("SA_MODELS" not in os.environ, reason="SA_MODELS names no folder with real checkpoints")
+@pytest.mark.skipif(
+    "SA_MODELS" not in os.environ, reason="SA_MODELS names no folder with real checkpoints"
+)
 @pytest.mark.parametrize("name", REAL)
 def test_parity_on_real_checkpoints(name, transformers, tmp_path):
     folder = Path(os.environ["SA_MODELS"], name)
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
-    text = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")).encode(TEXT)
+    text = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json")
+    ).encode(TEXT)
     reference, model = theirs(transformers, folder), GPT.from_pretrained(folder)
-    ids = torch.randint(0, model.config.vocab_size, (1, 600 if name.startswith("gemma") else 64))   # its window is 512
+    ids = torch.randint(
+        0, model.config.vocab_size, (1, 600 if name.startswith("gemma") else 64)
+    )  # its window is 512
     bos = [model.config.hf["bos_token_id"]] * name.startswith("gemma")
     text = torch.tensor([bos + text])
     with torch.no_grad():
@@ -511,7 +647,7 @@ def test_parity_on_real_checkpoints(name, transformers, tmp_path):
         cache = KVCache(model.config, 1, ids.shape[1])
         model(ids[:, :-4], cache)
         for t in range(ids.shape[1] - 4, ids.shape[1]):
-            assert share_of_range(logits(model, ids[:, t:t + 1], cache)[0, 0], exact[0, t]) < 2e-5
+            assert share_of_range(logits(model, ids[:, t : t + 1], cache)[0, 0], exact[0, t]) < 2e-5
         exact = reference(text).logits
         del reference
         low = theirs(transformers, folder, torch.bfloat16, "sdpa")(text).logits

@@ -1,4 +1,5 @@
 """data/problems.py: files of our own, made-up copies of the published ones, and the real ones where SA_SHARED names them."""
+
 import gzip
 import hashlib
 import io
@@ -30,7 +31,9 @@ def place(tmp_path, monkeypatch):
 
 
 def jsonl(path: Path, *rows, end="\n") -> str:
-    path.write_bytes("".join((row if isinstance(row, str) else json.dumps(row)) + end for row in rows).encode())
+    path.write_bytes(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + end for row in rows).encode()
+    )
     return str(path)
 
 
@@ -48,15 +51,25 @@ def refusal(name, *args) -> str:
 
 
 def test_question_or_problem_and_answer(place):
-    path = jsonl(place / "a.jsonl", {"question": " How many? ", "answer": " 3 "}, {"problem": "Why?", "answer": "x^2", "id": 7},
-                 {"question": "This one", "problem": "not this", "answer": "1"})
-    assert load_problems(path) == [Problem("How many?", "3"), Problem("Why?", "x^2"), Problem("This one", "1")]
+    path = jsonl(
+        place / "a.jsonl",
+        {"question": " How many? ", "answer": " 3 "},
+        {"problem": "Why?", "answer": "x^2", "id": 7},
+        {"question": "This one", "problem": "not this", "answer": "1"},
+    )
+    assert load_problems(path) == [
+        Problem("How many?", "3"),
+        Problem("Why?", "x^2"),
+        Problem("This one", "1"),
+    ]
 
 
 def test_gsm8k_keeps_only_the_reference(place):
     solution = "She earns 2 * 3 = $<<2*3=6>>6,000 a day.\nThat is 6,000 * 5 = <<6000*5=30000>>30,000.\n#### "
     answers = ["30,000", "-5", "$12", "0.5", "<<1+1=2>>2", "3\n"]
-    path = jsonl(place / "a.jsonl", *({"question": "q", "answer": solution + answer} for answer in answers))
+    path = jsonl(
+        place / "a.jsonl", *({"question": "q", "answer": solution + answer} for answer in answers)
+    )
     assert [p.answer for p in load_problems(path)] == ["30,000", "-5", "$12", "0.5", "2", "3"]
 
 
@@ -65,9 +78,20 @@ def test_marks_stay_where_there_is_no_gsm8k_reference(place):
     assert load_problems(path)[0].answer == "a << b >> c"
 
 
-@pytest.mark.parametrize("written, text", [
-    ("27.0", "27"), ("27", "27"), ("-3.50", "-3.5"), ("0.1", "0.1"), ("1e3", "1000"), ("-0.0", "0"), ("1e300", "1e+300"),
-    ("123456789012345678901234567890", "123456789012345678901234567890"), ("0", "0")])
+@pytest.mark.parametrize(
+    "written, text",
+    [
+        ("27.0", "27"),
+        ("27", "27"),
+        ("-3.50", "-3.5"),
+        ("0.1", "0.1"),
+        ("1e3", "1000"),
+        ("-0.0", "0"),
+        ("1e300", "1e+300"),
+        ("123456789012345678901234567890", "123456789012345678901234567890"),
+        ("0", "0"),
+    ],
+)
 def test_numbers_become_text(place, written, text):
     path = jsonl(place / "a.jsonl", '{"question": "q", "answer": %s}' % written)
     assert load_problems(path)[0].answer == text
@@ -75,48 +99,64 @@ def test_numbers_become_text(place, written, text):
 
 def test_blank_lines_carriage_returns_and_byte_order_marks(place):
     path = place / "a.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf\xef\xbb\xbf" + b'\r\n  \r\n{"question": "a", "answer": 1}\r\n\n\t\n{"question": "b", "answer": 2}')
+    path.write_bytes(
+        b"\xef\xbb\xbf\xef\xbb\xbf"
+        + b'\r\n  \r\n{"question": "a", "answer": 1}\r\n\n\t\n{"question": "b", "answer": 2}'
+    )
     assert load_problems(path) == [Problem("a", "1"), Problem("b", "2")]
-    path.write_bytes(b'\xef\xbb\xbf{"question": "a\xe2\x80\xa8b", "answer": 1}\n')  # a line separator inside a text is text
+    path.write_bytes(
+        b'\xef\xbb\xbf{"question": "a\xe2\x80\xa8b", "answer": 1}\n'
+    )  # a line separator inside a text is text
     assert load_problems(path) == [Problem("a\u2028b", "1")]
 
 
 GOOD = {"question": "q", "answer": "1"}
 
 
-@pytest.mark.parametrize("line, says", [
-    ('{"question": "q", "answer": "1"', "JSON"),
-    ("question: q", "JSON"),
-    ("[1, 2]", "list"),
-    ('"text"', "str"),
-    ("null", "NoneType"),
-    ("[" * 100_000, "JSON"),
-    ('{"question": "q", "answer": NaN}', "NaN"),
-    ('{"question": "q", "answer": 1e999}', "too large"),
-    ('{"question": "q", "answer": -Infinity}', "Infinity"),
-    ('{"question": "q", "answer": %s}' % ("9" * 10_000), "JSON"),
-    ({"question": "q"}, "question (or problem) and answer"),
-    ({"answer": "1"}, "question (or problem) and answer"),
-    ({"prompt": "q", "response": "1"}, "'prompt', 'response'"),
-    ({}, "question (or problem) and answer"),
-    ({"question": "q", "answer": None}, "question (or problem) and answer"),
-    ({"question": " \n", "answer": "1"}, "question is blank"),
-    ({"question": "q", "answer": ""}, "answer is blank"),
-    ({"question": "q", "answer": "worked out\n#### "}, "answer is blank"),
-    ({"question": "q", "answer": "#### <<1+1>>"}, "answer is blank"),
-    ({"question": "q", "answer": True}, "bool"),
-    ({"question": "q", "answer": ["1"]}, "list"),
-    ({"question": 5, "answer": "1"}, "question is a int"),
-    ({"question": "q \ud83d", "answer": "1"}, "half a character"),
-    ({"question": "q", "answer": "\udc00"}, "half a character"),
-])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ('{"question": "q", "answer": "1"', "JSON"),
+        ("question: q", "JSON"),
+        ("[1, 2]", "list"),
+        ('"text"', "str"),
+        ("null", "NoneType"),
+        ("[" * 100_000, "JSON"),
+        ('{"question": "q", "answer": NaN}', "NaN"),
+        ('{"question": "q", "answer": 1e999}', "too large"),
+        ('{"question": "q", "answer": -Infinity}', "Infinity"),
+        ('{"question": "q", "answer": %s}' % ("9" * 10_000), "JSON"),
+        ({"question": "q"}, "question (or problem) and answer"),
+        ({"answer": "1"}, "question (or problem) and answer"),
+        ({"prompt": "q", "response": "1"}, "'prompt', 'response'"),
+        ({}, "question (or problem) and answer"),
+        ({"question": "q", "answer": None}, "question (or problem) and answer"),
+        ({"question": " \n", "answer": "1"}, "question is blank"),
+        ({"question": "q", "answer": ""}, "answer is blank"),
+        ({"question": "q", "answer": "worked out\n#### "}, "answer is blank"),
+        ({"question": "q", "answer": "#### <<1+1>>"}, "answer is blank"),
+        ({"question": "q", "answer": True}, "bool"),
+        ({"question": "q", "answer": ["1"]}, "list"),
+        ({"question": 5, "answer": "1"}, "question is a int"),
+        ({"question": "q \ud83d", "answer": "1"}, "half a character"),
+        ({"question": "q", "answer": "\udc00"}, "half a character"),
+    ],
+)
 def test_a_broken_line_is_named(place, line, says):
     path = jsonl(place / "broken.jsonl", GOOD, "", line, GOOD)
     text = refusal(path)
     assert text.startswith(f"{path}, line 3") and says in text and len(text) < 500
 
 
-@pytest.mark.parametrize("body", ["{}".encode("utf-16"), b'{"question": "caf\xe9", "answer": 1}', gzip.compress(b"{}"), b"\x00" * 50])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{}".encode("utf-16"),
+        b'{"question": "caf\xe9", "answer": 1}',
+        gzip.compress(b"{}"),
+        b"\x00" * 50,
+    ],
+)
 def test_what_is_no_text_is_named(place, body):
     (place / "a.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n" + body)
     assert f"{place / 'a.jsonl'}, line 2" in refusal(str(place / "a.jsonl"))
@@ -134,7 +174,11 @@ def test_a_line_without_end_is_not_read_into_memory(place, monkeypatch):
 def test_an_empty_file(place, body):
     (place / "a.jsonl").write_bytes(body)
     text = refusal(str(place / "a.jsonl"))
-    assert "no problems" in text and "question (or problem) and answer" in text and str(place / "a.jsonl") in text
+    assert (
+        "no problems" in text
+        and "question (or problem) and answer" in text
+        and str(place / "a.jsonl") in text
+    )
 
 
 def test_what_is_no_file(place):
@@ -155,7 +199,7 @@ def test_an_unreadable_file(place):
 
 def test_any_problems_survive_the_way_through_a_file(place):
     rng = random.Random()
-    alphabet = string.printable + "äß€𝔘漢字\u2028\ufeff\\\"<>#"
+    alphabet = string.printable + 'äß€𝔘漢字\u2028\ufeff\\"<>#'
     rows = []
     while len(rows) < 300:
         question, answer = ("".join(rng.choices(alphabet, k=rng.randint(1, 60))) for _ in range(2))
@@ -163,7 +207,10 @@ def test_any_problems_survive_the_way_through_a_file(place):
             rows.append({rng.choice(["question", "problem"]): question, "answer": answer})
     lines = [json.dumps(row, ensure_ascii=rng.random() < 0.5) for row in rows]
     got = load_problems(jsonl(place / "a.jsonl", *lines, end=rng.choice(["\n", "\r\n", "\n\n"])))
-    expected = [Problem(row.get("question", row.get("problem")).strip(), row["answer"].strip()) for row in rows]
+    expected = [
+        Problem(row.get("question", row.get("problem")).strip(), row["answer"].strip())
+        for row in rows
+    ]
     assert got == expected
 
 
@@ -171,21 +218,51 @@ def test_any_problems_survive_the_way_through_a_file(place):
 # answers of published solutions
 
 
-@pytest.mark.parametrize("solution, answer", [
-    (r"So $x = \boxed{5}$.", "5"),
-    (r"First \boxed{1}, then $\boxed{\frac{2}{3}}$.", r"\frac{2}{3}"),
-    (r"\boxed{\left( 3, \frac{\pi}{2} \right)}", r"\left( 3, \frac{\pi}{2} \right)"),
-    (r"thus \fbox{7}", "7"), (r"thus $\boxed 7$.", "7"), (r"is \boxed  {8 }", "8"),
-    (r"no box", None), (r"broken \boxed{1 {2}", None), ("", None), (r"\boxed", None)])
+@pytest.mark.parametrize(
+    "solution, answer",
+    [
+        (r"So $x = \boxed{5}$.", "5"),
+        (r"First \boxed{1}, then $\boxed{\frac{2}{3}}$.", r"\frac{2}{3}"),
+        (r"\boxed{\left( 3, \frac{\pi}{2} \right)}", r"\left( 3, \frac{\pi}{2} \right)"),
+        (r"thus \fbox{7}", "7"),
+        (r"thus $\boxed 7$.", "7"),
+        (r"is \boxed  {8 }", "8"),
+        (r"no box", None),
+        (r"broken \boxed{1 {2}", None),
+        ("", None),
+        (r"\boxed", None),
+    ],
+)
 def test_last_boxed(solution, answer):
     assert problems.last_boxed(solution) == answer
 
 
-@pytest.mark.parametrize("answer, number", [
-    ("5", True), ("-5", True), ("3.25", True), (r"\frac{2}{3}", True), (r"-\frac{2}{3}", True), (r"2\frac{1}{2}", True),
-    ("(7)", True), ("12345678901234567890", True), ("123456789012345678901", False), ("1,000", False), ("", False),
-    ("-", False), ("x", False), (r"\frac{x}{2}", False), (r"\frac{0}{2}", False), (r"\frac{1}{2}\frac{1}{2}", False),
-    (r"\sqrt{2}", False), ("5%", False), ("٣", False), ("5\n", False), ("A", False)])
+@pytest.mark.parametrize(
+    "answer, number",
+    [
+        ("5", True),
+        ("-5", True),
+        ("3.25", True),
+        (r"\frac{2}{3}", True),
+        (r"-\frac{2}{3}", True),
+        (r"2\frac{1}{2}", True),
+        ("(7)", True),
+        ("12345678901234567890", True),
+        ("123456789012345678901", False),
+        ("1,000", False),
+        ("", False),
+        ("-", False),
+        ("x", False),
+        (r"\frac{x}{2}", False),
+        (r"\frac{0}{2}", False),
+        (r"\frac{1}{2}\frac{1}{2}", False),
+        (r"\sqrt{2}", False),
+        ("5%", False),
+        ("٣", False),
+        ("5\n", False),
+        ("A", False),
+    ],
+)
 def test_which_answers_are_numbers(answer, number):
     assert problems.is_number(answer) == number
 
@@ -217,15 +294,29 @@ def lines(*rows) -> bytes:
 
 def test_gsm8k_splits(publish, capsys):
     publish("gsm8k_train.jsonl", lines({"question": "a", "answer": "x\n#### 1"}))
-    publish("gsm8k_test.jsonl", lines({"question": "b", "answer": "x\n#### 2,000"}, {"question": "c", "answer": "#### 3"}))
-    assert load_problems("gsm8k") == load_problems("gsm8k-train") == load_problems("gsm8k-train", "test") == [Problem("a", "1")]
-    assert load_problems("gsm8k", "test") == load_problems("gsm8k-test") == [Problem("b", "2,000"), Problem("c", "3")]
+    publish(
+        "gsm8k_test.jsonl",
+        lines({"question": "b", "answer": "x\n#### 2,000"}, {"question": "c", "answer": "#### 3"}),
+    )
+    assert (
+        load_problems("gsm8k")
+        == load_problems("gsm8k-train")
+        == load_problems("gsm8k-train", "test")
+        == [Problem("a", "1")]
+    )
+    assert (
+        load_problems("gsm8k", "test")
+        == load_problems("gsm8k-test")
+        == [Problem("b", "2,000"), Problem("c", "3")]
+    )
     assert "gsm8k test: 2 problems" in capsys.readouterr().err
     assert "'train' or 'test'" in refusal("gsm8k", "dev")
 
 
 def test_at_most_ten_thousand_per_source_with_a_fixed_seed(publish, capsys):
-    publish("gsm8k_train.jsonl", lines(*({"question": f"q{i}", "answer": i} for i in range(10_050))))
+    publish(
+        "gsm8k_train.jsonl", lines(*({"question": f"q{i}", "answer": i} for i in range(10_050)))
+    )
     first, second = load_problems("gsm8k"), load_problems("gsm8k")
     assert first == second and len({p.question for p in first}) == len(first) == 10_000
     assert "10000 drawn" in capsys.readouterr().err
@@ -241,15 +332,24 @@ def test_a_changed_file_is_refused(publish):
 
 
 def test_aime_and_amc_numbers(publish):
-    publish("aime24_test.jsonl", lines(*({"problem": "p", "solution": "s", "answer": a} for a in ("033", "204", "000", "080"))))
+    publish(
+        "aime24_test.jsonl",
+        lines(
+            *({"problem": "p", "solution": "s", "answer": a} for a in ("033", "204", "000", "080"))
+        ),
+    )
     assert [p.answer for p in load_problems("aime24")] == ["33", "204", "0", "80"]
-    publish("amc23_test.jsonl", lines({"problem": "p", "answer": 27.0}, {"problem": "p", "answer": -1.0}))
+    publish(
+        "amc23_test.jsonl",
+        lines({"problem": "p", "answer": 27.0}, {"problem": "p", "answer": -1.0}),
+    )
     assert [p.answer for p in load_problems("amc23")] == ["27", "-1"]
 
 
 def test_math_archive(publish, capsys):
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w") as archive:
+
         def add(name, content):
             body = content if isinstance(content, bytes) else json.dumps(content).encode()
             info = tarfile.TarInfo(name)
@@ -257,7 +357,10 @@ def test_math_archive(publish, capsys):
             archive.addfile(info, io.BytesIO(body))
 
         for number in (10, 9, 2):
-            add(f"MATH/train/algebra/{number}.json", {"problem": f"a{number}", "solution": rf"$\boxed{{{number}}}$"})
+            add(
+                f"MATH/train/algebra/{number}.json",
+                {"problem": f"a{number}", "solution": rf"$\boxed{{{number}}}$"},
+            )
         add("MATH/train/geometry/1.json", {"problem": "g1", "solution": r"$\boxed{\frac{1}{2}}$"})
         add("MATH/train/geometry/2.json", {"problem": "g2", "solution": r"$\boxed{\sqrt{2}}$"})
         add("MATH/test/algebra/1.json", {"problem": "t1", "solution": r"$\boxed{1}$"})
@@ -268,7 +371,11 @@ def test_math_archive(publish, capsys):
         archive.addfile(link)
     publish("MATH.tar", tar.getvalue())
     assert [(p.question, p.answer) for p in load_problems("math")] == [
-        ("a2", "2"), ("a9", "9"), ("a10", "10"), ("g1", r"\frac{1}{2}")]
+        ("a2", "2"),
+        ("a9", "9"),
+        ("a10", "10"),
+        ("g1", r"\frac{1}{2}"),
+    ]
     assert "4 of 5 have a numeric answer" in capsys.readouterr().err
     assert load_problems("math", "test") == [Problem("t1", "1")]
 
@@ -276,17 +383,35 @@ def test_math_archive(publish, capsys):
 def test_numina(publish, place, capsys, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet
+
     rng = random.Random()
 
     def row(**changes):
-        return {"problem": f"p{rng.random()}", "solution": "s", "answer": str(rng.randint(0, 99)), "problem_type": "Algebra",
-                "question_type": "math-word-problem", "problem_is_valid": "Yes", "solution_is_valid": "Yes",
-                "source": "olympiads", "synthetic": False} | changes
+        return {
+            "problem": f"p{rng.random()}",
+            "solution": "s",
+            "answer": str(rng.randint(0, 99)),
+            "problem_type": "Algebra",
+            "question_type": "math-word-problem",
+            "problem_is_valid": "Yes",
+            "solution_is_valid": "Yes",
+            "source": "olympiads",
+            "synthetic": False,
+        } | changes
 
     good = [row() for _ in range(200)]
-    bad = [row(question_type="MCQ"), row(problem_is_valid="Incomplete"), row(solution_is_valid="No"), row(answer="proof"),
-           row(answer=None), row(answer="x=1"), row(problem="see http://x"), row(solution="http"), row(problem=None),
-           row(problem=good[0]["problem"])]
+    bad = [
+        row(question_type="MCQ"),
+        row(problem_is_valid="Incomplete"),
+        row(solution_is_valid="No"),
+        row(answer="proof"),
+        row(answer=None),
+        row(answer="x=1"),
+        row(problem="see http://x"),
+        row(solution="http"),
+        row(problem=None),
+        row(problem=good[0]["problem"]),
+    ]
     rows = good + bad
     rng.shuffle(rows)
     for i, name in enumerate(problems.NUMINA):
@@ -308,15 +433,35 @@ def test_numina_names_pyarrow_where_it_is_missing(publish, monkeypatch):
 
 
 def test_logicbench_choices_become_letters(publish):
-    sample = {"id": 1, "context": "If it rains, it pours. ", "question": "What follows?", "answer": "choice_3",
-              "choices": {"choice_1": "", "choice_2": "nothing", "choice_3": "it pours", "choice_4": "it snows"}}
-    other = sample | {"id": 2, "answer": "choice_1", "choices": {"choice_1": "yes", "choice_2": "no"}}
+    sample = {
+        "id": 1,
+        "context": "If it rains, it pours. ",
+        "question": "What follows?",
+        "answer": "choice_3",
+        "choices": {
+            "choice_1": "",
+            "choice_2": "nothing",
+            "choice_3": "it pours",
+            "choice_4": "it snows",
+        },
+    }
+    other = sample | {
+        "id": 2,
+        "answer": "choice_1",
+        "choices": {"choice_1": "yes", "choice_2": "no"},
+    }
     for axiom in problems.LOGICBENCH:
-        publish(f"logicbench/MCQA/{axiom}/data_instances.json", json.dumps({"samples": [sample, other]}).encode())
+        publish(
+            f"logicbench/MCQA/{axiom}/data_instances.json",
+            json.dumps({"samples": [sample, other]}).encode(),
+        )
     got = load_problems("logicbench")
     assert len(got) == 2 * len(problems.LOGICBENCH) == 50
-    assert got[0] == Problem("If it rains, it pours.\nWhat follows?\nA. nothing\nB. it pours\nC. it snows\n"
-                             "Answer with the letter of the right choice.", "B")
+    assert got[0] == Problem(
+        "If it rains, it pours.\nWhat follows?\nA. nothing\nB. it pours\nC. it snows\n"
+        "Answer with the letter of the right choice.",
+        "B",
+    )
     assert got[1].answer == "A"
     name = f"logicbench/MCQA/{next(iter(problems.LOGICBENCH))}/data_instances.json"
     publish(name, json.dumps({"samples": [sample | {"answer": "choice_1"}]}).encode())
@@ -324,8 +469,19 @@ def test_logicbench_choices_become_letters(publish):
 
 
 def test_prontoqa_answers_become_true_and_false(publish):
-    sample = {"id": "P1", "context": "Cats purr.", "question": "Is it true? Cats purr.", "options": ["A) True", "B) False"], "answer": "A"}
-    publish("prontoqa_dev.json", json.dumps([sample, sample | {"answer": "B"}, sample | {"options": ["A) False", "B) True"]}]).encode())
+    sample = {
+        "id": "P1",
+        "context": "Cats purr.",
+        "question": "Is it true? Cats purr.",
+        "options": ["A) True", "B) False"],
+        "answer": "A",
+    }
+    publish(
+        "prontoqa_dev.json",
+        json.dumps(
+            [sample, sample | {"answer": "B"}, sample | {"options": ["A) False", "B) True"]}]
+        ).encode(),
+    )
     got = load_problems("prontoqa")
     assert [p.answer for p in got] == ["True", "False", "False"]
     assert got[0].question == "Cats purr.\nIs it true? Cats purr. Answer with True or False."
@@ -338,6 +494,7 @@ def test_prontoqa_answers_become_true_and_false(publish):
 @pytest.fixture
 def web(monkeypatch):
     """A web server with the files of `web.bodies`; every published file's address leads there."""
+
     class Web(BaseHTTPRequestHandler):
         bodies: dict[str, bytes] = {}
         seen: list[str] = []
@@ -350,7 +507,9 @@ def web(monkeypatch):
             self.send_response(200 if body is not None else 404)
             # any text may stand in a tag: it must not be taken for a hash where the site is no hub
             self.send_header("ETag", '"' + "a" * 64 + '"')
-            self.send_header("Content-Length", str(len(body or b"") + (7 if self.path.endswith("cut") else 0)))
+            self.send_header(
+                "Content-Length", str(len(body or b"") + (7 if self.path.endswith("cut") else 0))
+            )
             self.end_headers()
             self.wfile.write(body or b"")
 
@@ -359,12 +518,18 @@ def web(monkeypatch):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Web)
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    ).start()
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(problems, "FILES", {name: (f"{address}/{name}", sha256) for name, (_, sha256) in problems.FILES.items()})
+    monkeypatch.setattr(
+        problems,
+        "FILES",
+        {name: (f"{address}/{name}", sha256) for name, (_, sha256) in problems.FILES.items()},
+    )
     Web.address = address
     yield Web
     server.shutdown()
@@ -377,9 +542,14 @@ def test_an_absent_file_is_downloaded_once_and_checked(web, place):
     text = refusal("math500")  # not the published one: its hash is another
     assert "came damaged" in text and str(place / "ours" / "data" / "math500_test.jsonl") in text
     assert not (place / "ours" / "data" / "math500_test.jsonl").exists()
-    problems.FILES["math500_test.jsonl"] = (problems.FILES["math500_test.jsonl"][0], hashlib.sha256(body).hexdigest())
+    problems.FILES["math500_test.jsonl"] = (
+        problems.FILES["math500_test.jsonl"][0],
+        hashlib.sha256(body).hexdigest(),
+    )
     assert load_problems("math500") == load_problems("math500") == [Problem("a", "1")]
-    assert len(web.seen) == 2 and set(web.authorizations) == {None}  # the hub's token is nobody else's business
+    assert len(web.seen) == 2 and set(web.authorizations) == {
+        None
+    }  # the hub's token is nobody else's business
     (place / "ours" / "data" / "math500_test.jsonl").write_bytes(body[:-3])
     assert "SHA-256" in refusal("math500")
 
@@ -398,13 +568,21 @@ def test_a_file_without_a_known_hash_says_what_came_and_is_held_to_it(web, place
     problems.FILES["gsm_symbolic_p2.jsonl"] = (address, None)
     web.bodies["cut"] = body
     assert "broke off" in refusal("gsm-symbolic-p2")
-    assert sorted(p.name for p in (place / "ours" / "data").iterdir()) == [".lock", "gsm_symbolic_p1.jsonl", "gsm_symbolic_p1.jsonl.sha256"]
+    assert sorted(p.name for p in (place / "ours" / "data").iterdir()) == [
+        ".lock",
+        "gsm_symbolic_p1.jsonl",
+        "gsm_symbolic_p1.jsonl.sha256",
+    ]
 
 
 def test_a_file_that_is_nowhere(web, place, monkeypatch):
     monkeypatch.setenv("SA_DATA", str(place / "given"))
     text = refusal("aime24")
-    assert str(place / "given" / "aime24_test.jsonl") in text and str(place / "ours") in text and "404" in text
+    assert (
+        str(place / "given" / "aime24_test.jsonl") in text
+        and str(place / "ours") in text
+        and "404" in text
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     web.seen.clear()
     assert "HF_HUB_OFFLINE" in refusal("aime24") and not web.seen
@@ -419,30 +597,79 @@ def test_hub_addresses_follow_the_endpoint(place, monkeypatch):
 # the published files themselves
 
 
-@pytest.mark.skipif(not SHARED, reason="SA_SHARED does not name the folder with the published files")
+@pytest.mark.skipif(
+    not SHARED, reason="SA_SHARED does not name the folder with the published files"
+)
 def test_the_published_files(monkeypatch, capsys):
     monkeypatch.setenv("SA_DATA", f"{SHARED}/data/raw")
-    sets = {name: load_problems(name, "test") for name in
-            ("gsm8k-train", "gsm8k", "math500", "gsm-symbolic-p2", "aime24", "amc23", "logicbench", "prontoqa")}
+    sets = {
+        name: load_problems(name, "test")
+        for name in (
+            "gsm8k-train",
+            "gsm8k",
+            "math500",
+            "gsm-symbolic-p2",
+            "aime24",
+            "amc23",
+            "logicbench",
+            "prontoqa",
+        )
+    }
     assert {name: len(found) for name, found in sets.items()} == {
-        "gsm8k-train": 7473, "gsm8k": 1319, "math500": 500, "gsm-symbolic-p2": 2500, "aime24": 30, "amc23": 40,
-        "logicbench": 500, "prontoqa": 500}
+        "gsm8k-train": 7473,
+        "gsm8k": 1319,
+        "math500": 500,
+        "gsm-symbolic-p2": 2500,
+        "aime24": 30,
+        "amc23": 40,
+        "logicbench": 500,
+        "prontoqa": 500,
+    }
     said = capsys.readouterr().err
     print(said)
-    assert said.splitlines() == ["gsm8k train: 7473 problems", "gsm8k test: 1319 problems", "math500: 500 problems",
-                                 "gsm-symbolic-p2: 2500 problems", "aime24: 30 problems", "amc23: 40 problems",
-                                 "logicbench: 500 problems", "prontoqa: 500 problems"]
+    assert said.splitlines() == [
+        "gsm8k train: 7473 problems",
+        "gsm8k test: 1319 problems",
+        "math500: 500 problems",
+        "gsm-symbolic-p2: 2500 problems",
+        "aime24: 30 problems",
+        "amc23: 40 problems",
+        "logicbench: 500 problems",
+        "prontoqa: 500 problems",
+    ]
     for name, found in sets.items():
         for problem in found:
-            assert problem.question == problem.question.strip() and problem.answer and "####" not in problem.answer
+            assert (
+                problem.question == problem.question.strip()
+                and problem.answer
+                and "####" not in problem.answer
+            )
             assert "<<" not in problem.answer
-    for name, file in (("gsm8k-train", "gsm8k_train"), ("gsm8k", "gsm8k_test"), ("gsm-symbolic-p2", "gsm_symbolic_p2")):
-        rows = [json.loads(line) for line in Path(SHARED, f"data/raw/{file}.jsonl").read_text(encoding="utf-8").splitlines()]
-        assert [p.answer for p in sets[name]] == [row["answer"].splitlines()[-1].split()[1] for row in rows]
-    assert all(0 <= int(p.answer) <= 999 for p in sets["aime24"]) and all(int(p.answer) < 10_000 for p in sets["amc23"])
+    for name, file in (
+        ("gsm8k-train", "gsm8k_train"),
+        ("gsm8k", "gsm8k_test"),
+        ("gsm-symbolic-p2", "gsm_symbolic_p2"),
+    ):
+        rows = [
+            json.loads(line)
+            for line in Path(SHARED, f"data/raw/{file}.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines()
+        ]
+        assert [p.answer for p in sets[name]] == [
+            row["answer"].splitlines()[-1].split()[1] for row in rows
+        ]
+    assert all(0 <= int(p.answer) <= 999 for p in sets["aime24"]) and all(
+        int(p.answer) < 10_000 for p in sets["amc23"]
+    )
     assert {p.answer for p in sets["logicbench"]} == set("ABCD")
     assert {p.answer for p in sets["prontoqa"]} == {"True", "False"}
     for problem in sets["logicbench"]:
         assert f"\n{problem.answer}. " in problem.question
-    boxed = [json.loads(line) for line in Path(SHARED, "data/raw/math500_test.jsonl").read_text(encoding="utf-8").splitlines()]
+    boxed = [
+        json.loads(line)
+        for line in Path(SHARED, "data/raw/math500_test.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    ]
     assert sum(problems.last_boxed(row["solution"]) == row["answer"] for row in boxed) == 500

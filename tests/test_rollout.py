@@ -1,15 +1,17 @@
 """rollout.py: what is drawn depends on seed, prompt, sample number and position alone, and follows the distribution."""
+
 import math
 
 import numpy as np
 import pytest
 import torch
+from test_model import full_forward, random_model
 from tqdm import tqdm
 
 import rollout
 from rollout import answer_keys, draw, generate, uniforms
 from sar import answer_logprobs
-from test_model import full_forward, random_model
+
 
 @pytest.fixture
 def stop(tokenizer):
@@ -31,22 +33,29 @@ def test_samples_do_not_depend_on_slots_order_or_group_size(model, prompts, stop
     rng.shuffle(order)
     mixed = tokens(generate(model, [prompts[i] for i in order], n=4, **kw))
     for place, i in enumerate(order):
-        assert mixed[place * 4:place * 4 + 4] == base[i * 4:i * 4 + 4]
+        assert mixed[place * 4 : place * 4 + 4] == base[i * 4 : i * 4 + 4]
     alone = tokens(generate(model, prompts[2:3], n=4, **kw))  # neighbours do not matter
     assert alone == base[8:12]
     assert tokens(generate(model, prompts, n=4, **kw | {"seed": kw["seed"] + 1})) != base
 
 
 def test_a_prompt_given_twice_gets_two_sets(model, prompts, stop):
-    twice = tokens(generate(model, [prompts[0], prompts[1], prompts[0]], n=4, max_new_tokens=60, stop=stop))
+    twice = tokens(
+        generate(model, [prompts[0], prompts[1], prompts[0]], n=4, max_new_tokens=60, stop=stop)
+    )
     assert twice[:4] != twice[8:]
     assert twice[:8] == tokens(generate(model, prompts[:2], n=4, max_new_tokens=60, stop=stop))
 
 
 def test_sampler_and_trainer_logprobs_agree(model, prompts, stop):
-    rollouts = generate(model, prompts, n=3, max_new_tokens=80, stop=stop, temperature=1.5, top_k=50, slots=5)
+    rollouts = generate(
+        model, prompts, n=3, max_new_tokens=80, stop=stop, temperature=1.5, top_k=50, slots=5
+    )
     scored = answer_logprobs(model, [prompts[r.prompt] for r in rollouts], tokens(rollouts))
-    assert max((torch.tensor(r.logprobs) - s).abs().max().item() for r, s in zip(rollouts, scored)) < 1e-4
+    assert (
+        max((torch.tensor(r.logprobs) - s).abs().max().item() for r, s in zip(rollouts, scored))
+        < 1e-4
+    )
     assert [r.prompt for r in rollouts] == [i for i in range(len(prompts)) for _ in range(3)]
 
 
@@ -54,7 +63,9 @@ def test_greedy_is_the_argmax_of_the_full_forward(model, prompts, stop):
     for rollout in generate(model, prompts, max_new_tokens=40, stop=stop, temperature=0.0):
         text = prompts[rollout.prompt] + rollout.tokens
         logits = model(torch.tensor([text])) @ model.unembedding.T
-        assert logits[0, len(prompts[rollout.prompt]) - 1:-1].argmax(-1).tolist() == rollout.tokens
+        assert (
+            logits[0, len(prompts[rollout.prompt]) - 1 : -1].argmax(-1).tolist() == rollout.tokens
+        )
 
 
 def test_nothing_follows_the_stop_token(model, prompts, stop):
@@ -69,8 +80,13 @@ def test_nothing_follows_the_stop_token(model, prompts, stop):
 def test_stop_token_first_and_several_stop_ids(model, prompts, stop):
     first = generate(model, prompts, max_new_tokens=5, stop=set(), temperature=0.0)
     halt = {r.tokens[0] for r in first} | stop
-    assert all(r.finished and len(r.tokens) == 1 for r in generate(model, prompts, max_new_tokens=5, stop=halt, temperature=0.0))
-    assert all(len(r.tokens) == 1 for r in generate(model, prompts, n=2, max_new_tokens=1, stop=set()))
+    assert all(
+        r.finished and len(r.tokens) == 1
+        for r in generate(model, prompts, max_new_tokens=5, stop=halt, temperature=0.0)
+    )
+    assert all(
+        len(r.tokens) == 1 for r in generate(model, prompts, n=2, max_new_tokens=1, stop=set())
+    )
 
 
 def test_edges_and_bad_input(model, prompts, stop):
@@ -91,7 +107,17 @@ def test_edges_and_bad_input(model, prompts, stop):
         generate(model, prompts, **kw)
 
 
-@pytest.mark.parametrize("case", ("llama, scaled rope, untied", "qwen2.5", "qwen3", "phi-3.5, long", "phi-3, sliding window", "gemma 3"))
+@pytest.mark.parametrize(
+    "case",
+    (
+        "llama, scaled rope, untied",
+        "qwen2.5",
+        "qwen3",
+        "phi-3.5, long",
+        "phi-3, sliding window",
+        "gemma 3",
+    ),
+)
 def test_every_family_past_its_window_and_rope_switch(case, rng):
     """Against the full forward in float64; Gemma's and Phi's window is 12 tokens here, Phi's switch at 32."""
     model = random_model(case, torch.float64)
@@ -100,7 +126,9 @@ def test_every_family_past_its_window_and_rope_switch(case, rng):
         for r in generate(model, prompts, n=2, max_new_tokens=24, stop={7}, **kw):
             with torch.no_grad():
                 text = torch.tensor(prompts[r.prompt] + r.tokens)
-                logits = full_forward(model, text)[len(prompts[r.prompt]) - 1:-1] @ model.unembedding.T
+                logits = (
+                    full_forward(model, text)[len(prompts[r.prompt]) - 1 : -1] @ model.unembedding.T
+                )
             if "slots" not in kw:
                 assert logits.argmax(-1).tolist() == r.tokens
             want = logits.log_softmax(-1).gather(1, torch.tensor(r.tokens)[:, None])[:, 0]
@@ -132,9 +160,13 @@ def test_prompts_are_read_once_and_no_row_idles(model, prompts, stop, monkeypatc
     answers = generate(model, prompts, n=6, max_new_tokens=120, stop=stop, slots=20)
     reads, rows = [B * T for B, T in asked if T > 1], [B for B, T in asked if T == 1]
     assert sum(reads) == sum(-(-len(p) // 32) * 32 for p in prompts)
-    assert sum(rows) == sum(len(a.tokens) - 1 for a in answers)  # the first token comes from the prompt
+    assert sum(rows) == sum(
+        len(a.tokens) - 1 for a in answers
+    )  # the first token comes from the prompt
     assert rows[0] == 20
-    assert rows == sorted(rows, reverse=True)  # slots stay full until the queue is empty, then the batch shrinks
+    assert rows == sorted(
+        rows, reverse=True
+    )  # slots stay full until the queue is empty, then the batch shrinks
 
 
 def test_weights_in_onednn_layout(model, prompts, stop, rng):
@@ -166,7 +198,10 @@ def test_steps_of_rounded_sizes(model, prompts, stop, monkeypatch):
     for slots in (5, None):
         got = generate(model, prompts, slots=slots, **kw)
         assert tokens(got) == tokens(want)
-        assert max(abs(a - b) for g, w in zip(got, want) for a, b in zip(g.logprobs, w.logprobs)) < 1e-4
+        assert (
+            max(abs(a - b) for g, w in zip(got, want) for a, b in zip(g.logprobs, w.logprobs))
+            < 1e-4
+        )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -193,7 +228,9 @@ def test_prompts_of_very_different_lengths(model, stop, rng):
     prompts = [[rng.randrange(60) for _ in range(length)] for length in (700, 1, 90, 2, 350)]
     together = generate(model, prompts, n=2, max_new_tokens=20, stop=stop)
     for i, prompt in enumerate(prompts):
-        assert tokens(generate(model, [prompt], n=2, max_new_tokens=20, stop=stop)) == tokens(together[2 * i:2 * i + 2])
+        assert tokens(generate(model, [prompt], n=2, max_new_tokens=20, stop=stop)) == tokens(
+            together[2 * i : 2 * i + 2]
+        )
 
 
 def test_bar_shows_live_slots_and_speed(model, prompts, stop, monkeypatch, capsys):
@@ -213,8 +250,12 @@ def drawn(logits, count, **filters):
     keys = answer_keys([[1, 2, 3]], 1, seed=7).repeat(count)
     uniform = torch.from_numpy(uniforms(keys, np.arange(count, dtype=np.uint64)))
     scratch = torch.zeros(count, -(-V // 256) * 256)
-    token, logprob = draw(logits.expand(count, V).contiguous(), uniform, **settings, scratch=scratch)
-    torch.testing.assert_close(logprob, logits.double().log_softmax(-1)[token].float(), rtol=0, atol=2e-6)  # never of the filtered distribution
+    token, logprob = draw(
+        logits.expand(count, V).contiguous(), uniform, **settings, scratch=scratch
+    )
+    torch.testing.assert_close(
+        logprob, logits.double().log_softmax(-1)[token].float(), rtol=0, atol=2e-6
+    )  # never of the filtered distribution
     return torch.bincount(token, minlength=V)
 
 
@@ -227,17 +268,26 @@ def assert_follows(counts, probs):
     assert ((counts - expected) ** 2 / expected).sum() < freedom + 5 * math.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("filters", [{}, {"temperature": 0.6}, {"temperature": 2.0}, {"top_k": 5}, {"top_p": 0.8},
-                                     {"temperature": 1.5, "top_k": 20, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"temperature": 0.6},
+        {"temperature": 2.0},
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"temperature": 1.5, "top_k": 20, "top_p": 0.9},
+    ],
+)
 def test_draws_follow_the_distribution(filters):
     logits = torch.randn(300, generator=torch.Generator().manual_seed(3)) * 1.5
     p = (logits.double() / filters.get("temperature", 1.0)).softmax(-1)
     ranked, order = p.sort(descending=True)
     if "top_k" in filters:
-        ranked[filters["top_k"]:] = 0
+        ranked[filters["top_k"] :] = 0
         ranked /= ranked.sum()
     if "top_p" in filters:
-        ranked[int((ranked.cumsum(0) < filters["top_p"]).sum()) + 1:] = 0
+        ranked[int((ranked.cumsum(0) < filters["top_p"]).sum()) + 1 :] = 0
     p = torch.zeros_like(p).scatter(0, order, ranked / ranked.sum())
     assert_follows(drawn(logits, 100_000, **filters), p)
 
@@ -248,7 +298,9 @@ def test_tokens_of_probability_one_in_a_million_are_drawn():
     counts = drawn(logits, 100_000)
     assert abs(counts[4:].sum().item() - 100) < 5 * 10
     assert counts[4:].max() <= 3
-    lucky = torch.tensor([0.9999995])  # the far end of the distribution is the last token, and is reached
+    lucky = torch.tensor(
+        [0.9999995]
+    )  # the far end of the distribution is the last token, and is reached
     token, _ = draw(logits[None], lucky.double(), 1.0, 1.0, 0, torch.zeros(1, 1024))
     assert token.item() >= 1000
 

@@ -1,13 +1,25 @@
 """data/make_tiny.py and data/tiny/: the grammar is right, the split is clean, and the model is what it is meant to be."""
+
 import random
 import re
 from itertools import islice
 
 import pytest
 import torch
-
 from conftest import TINY
-from data.make_tiny import NAMES, SPECIAL, STYLES, THINGS, is_test, solution, stories, tiny_problems, training_texts, work_out
+
+from data.make_tiny import (
+    NAMES,
+    SPECIAL,
+    STYLES,
+    THINGS,
+    is_test,
+    solution,
+    stories,
+    tiny_problems,
+    training_texts,
+    work_out,
+)
 from data.prompts import encode_prompt
 from verify import judge
 
@@ -69,9 +81,15 @@ def test_it_is_small():
 def greedy(tokenizer):
     from model import GPT
     from rollout import generate
+
     problems = tiny_problems("test")
-    rollouts = generate(GPT.from_pretrained(TINY), [encode_prompt(tokenizer, p.question) for p in problems], max_new_tokens=256,
-                        stop=tokenizer.stop_ids, temperature=0.0)
+    rollouts = generate(
+        GPT.from_pretrained(TINY),
+        [encode_prompt(tokenizer, p.question) for p in problems],
+        max_new_tokens=256,
+        stop=tokenizer.stop_ids,
+        temperature=0.0,
+    )
     return problems, [tokenizer.decode(r.tokens[:-1]) for r in rollouts], rollouts
 
 
@@ -81,7 +99,10 @@ def test_the_base_is_fallible_and_verbose(greedy, tokenizer):
     assert 0.60 <= accuracy <= 0.85
     assert all(r.finished for r in rollouts)
     # the terse solution of the same problem needs less than half of the tokens
-    terse = [len(tokenizer.encode(solution(s, "terse", random.Random(0)))) + 1 for s in islice(stories(1, test=True), 512)]
+    terse = [
+        len(tokenizer.encode(solution(s, "terse", random.Random(0)))) + 1
+        for s in islice(stories(1, test=True), 512)
+    ]
     assert sum(terse) < 0.5 * sum(len(r.tokens) for r in rollouts)
 
 
@@ -93,10 +114,20 @@ def test_transformers_loads_it_and_agrees(greedy, tokenizer, model):
     for problem, text, rollout in list(zip(problems, texts, rollouts))[:5]:
         prompt = encode_prompt(tokenizer, problem.question)
         message = [{"role": "user", "content": problem.question}]
-        assert peer_tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False) == prompt
+        assert (
+            peer_tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_dict=False
+            )
+            == prompt
+        )
         assert peer_tokenizer.encode(text, add_special_tokens=False) == tokenizer.encode(text)
         tokens = torch.tensor([prompt + rollout.tokens])
         with torch.no_grad():
             ours, theirs = model(tokens) @ model.unembedding.T, peer(tokens).logits
         assert (ours - theirs).abs().max() < 2e-4 * (theirs.max() - theirs.min())
-        assert peer.generate(torch.tensor([prompt]), max_new_tokens=256, do_sample=False)[0, len(prompt):].tolist() == rollout.tokens
+        assert (
+            peer.generate(torch.tensor([prompt]), max_new_tokens=256, do_sample=False)[
+                0, len(prompt) :
+            ].tolist()
+            == rollout.tokens
+        )

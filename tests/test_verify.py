@@ -19,7 +19,9 @@ import verify
 from verify import STATUSES, Verdict, extract_answer, is_equivalent, judge
 
 SHARED = Path(os.environ["SA_SHARED"]) if "SA_SHARED" in os.environ else None
-needs_shared = pytest.mark.skipif(SHARED is None, reason="SA_SHARED does not name the shared folder")
+needs_shared = pytest.mark.skipif(
+    SHARED is None, reason="SA_SHARED does not name the shared folder"
+)
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -31,52 +33,110 @@ def read_jsonl(path: Path) -> list[dict]:
 # (response, answer): the extracted text must be the answer or equivalent to it, and None exactly None.
 EXTRACT = [
     # R0
-    ("<think>It is \\boxed{8}, surely.</think> So it is \\boxed{9}.", "9"), ("<think>\\boxed{8}</think>", None),
-    ("<think>the answer is 8", None), ("8 it is.</think>\n8", "8"), ("</think>4<think>5", None),
+    ("<think>It is \\boxed{8}, surely.</think> So it is \\boxed{9}.", "9"),
+    ("<think>\\boxed{8}</think>", None),
+    ("<think>the answer is 8", None),
+    ("8 it is.</think>\n8", "8"),
+    ("</think>4<think>5", None),
     ("<think>1</think>2<think>3</think>The answer is 4.", "4"),
     # R1
-    ("It is $\\boxed{12}$, after 3 tries.", "12"), ("\\boxed{1} no, wait: \\boxed{2}", "2"),
+    ("It is $\\boxed{12}$, after 3 tries.", "12"),
+    ("\\boxed{1} no, wait: \\boxed{2}", "2"),
     ("\\boxed{\\boxed{6}}", "6"),
-    ("$\\boxed{\\frac{1}{\\sqrt{2}}}$", "\\frac{1}{\\sqrt{2}}"), ("\\fbox{7}", "7"), ("\\boxed 31", "31"),
-    ("\\boxed{ 5 }", "5"), ("\\boxed {5}", "5"), ("\\boxed{\n5\n}", "5"), ("\\boxed{}", None), ("\\boxed{ } so 3", "3"),
-    ("\\boxed{\\{3, 4\\}}", "\\{3,4\\}"), ("\\boxed{4} } {", "4"), ("{ \\boxed{4}", "4"), ("\\boxed{\\frac{1}{2", None),
-    ("\\boxed{5} then \\boxed{6", None), ("\\boxed", None), ("\\boxed{\\$9}", "9"), ("\\boxed{1{,}000}", "1000"),
+    ("$\\boxed{\\frac{1}{\\sqrt{2}}}$", "\\frac{1}{\\sqrt{2}}"),
+    ("\\fbox{7}", "7"),
+    ("\\boxed 31", "31"),
+    ("\\boxed{ 5 }", "5"),
+    ("\\boxed {5}", "5"),
+    ("\\boxed{\n5\n}", "5"),
+    ("\\boxed{}", None),
+    ("\\boxed{ } so 3", "3"),
+    ("\\boxed{\\{3, 4\\}}", "\\{3,4\\}"),
+    ("\\boxed{4} } {", "4"),
+    ("{ \\boxed{4}", "4"),
+    ("\\boxed{\\frac{1}{2", None),
+    ("\\boxed{5} then \\boxed{6", None),
+    ("\\boxed", None),
+    ("\\boxed{\\$9}", "9"),
+    ("\\boxed{1{,}000}", "1000"),
     ("\\boxed{\\begin{pmatrix}1\\\\2\\end{pmatrix}}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
-    ("The answer is 3, \\boxed{4}. The answer is 5.", "4"), ("\\boxed{9}\n#### 8", "9"), ("\\boxed{5.}", "5"),
+    ("The answer is 3, \\boxed{4}. The answer is 5.", "4"),
+    ("\\boxed{9}\n#### 8", "9"),
+    ("\\boxed{5.}", "5"),
     # R2
-    ("The answer is 44.", "44"), ("answer: 44", "44"), ("ANSWER = 44", "44"), ("**Answer:** 44", "44"),
-    ("**Answer: 44**", "44"), ("**Answer**: 44", "44"), ("The final answer is $44$", "44"), ("Answer:\n\n\n44", "44"),
-    ("# Final Answer\n44", "44"), ("**Final Answer**\n\\[\n\\frac{4}{5}\n\\]", "4/5"), ("Answer: $$4$$ or so", "4"),
-    ("The answer is \\(x^2\\), obviously.", "x^2"), ("The answer is $44 because 22 + 22 = 44.", "44"),
-    ("The answer is $4.50. Each costs $1.50.", "4.5"), ("The answer is 4.5. Not 5.", "4.5"),
+    ("The answer is 44.", "44"),
+    ("answer: 44", "44"),
+    ("ANSWER = 44", "44"),
+    ("**Answer:** 44", "44"),
+    ("**Answer: 44**", "44"),
+    ("**Answer**: 44", "44"),
+    ("The final answer is $44$", "44"),
+    ("Answer:\n\n\n44", "44"),
+    ("# Final Answer\n44", "44"),
+    ("**Final Answer**\n\\[\n\\frac{4}{5}\n\\]", "4/5"),
+    ("Answer: $$4$$ or so", "4"),
+    ("The answer is \\(x^2\\), obviously.", "x^2"),
+    ("The answer is $44 because 22 + 22 = 44.", "44"),
+    ("The answer is $4.50. Each costs $1.50.", "4.5"),
+    ("The answer is 4.5. Not 5.", "4.5"),
     ("The answer is 1,200.", "1200"),
-    ("The answer is 9 as 3 * 3 = 9.", "9"), ("The answer is 9, since 3 * 3 = 9", "9"),
+    ("The answer is 9 as 3 * 3 = 9.", "9"),
+    ("The answer is 9, since 3 * 3 = 9", "9"),
     ("The answer is 9; see above", "9"),
-    ("The answer is 9 apples, which is 3 more.", "9"), ("The answers are 3 and -1.", "-1, 3"),
+    ("The answer is 9 apples, which is 3 more.", "9"),
+    ("The answers are 3 and -1.", "-1, 3"),
     ("The answer is (C).", "C"),
-    ("The answer is False.", "False"), ("The answer is \"red\".", "red"), ("The answer is `4`.", "4"),
+    ("The answer is False.", "False"),
+    ('The answer is "red".', "red"),
+    ("The answer is `4`.", "4"),
     ("The answer:", None),
-    ("The answer is 4. The answer is", None), ("The answer is 4, no, the answer is 5.", "5"),
+    ("The answer is 4. The answer is", None),
+    ("The answer is 4, no, the answer is 5.", "5"),
     ("The answer is −3.", "-3"),
-    ("The answer is 30%.", "30%"), ("The answer is 2\n#### 3", "2"), ("The answer is 7\r\n", "7"),
+    ("The answer is 30%.", "30%"),
+    ("The answer is 2\n#### 3", "2"),
+    ("The answer is 7\r\n", "7"),
     ("Answer: 4:30 p.m.", "4:30 pm"),
     ("24 answers * 2 points/answer = 48 points\n#### 66", "66"),
-    ("The answer is **4** cats.", "4"), ("The answer is therefore 4.", "4"), ("The answer is <<2+2=4>>4.", "4"),
+    ("The answer is **4** cats.", "4"),
+    ("The answer is therefore 4.", "4"),
+    ("The answer is <<2+2=4>>4.", "4"),
     # R3
-    ("2 + 2 = 4\n#### 4", "4"), ("#### 1,000", "1000"), ("####5", "5"), ("#### -5", "-5"), ("#### $5", "5"),
-    ("#### 4\nThat was 1 of 3.", "4"), ("#### 4\n#### 5", "5"), ("#### Part 2\nso 6", "6"),
+    ("2 + 2 = 4\n#### 4", "4"),
+    ("#### 1,000", "1000"),
+    ("####5", "5"),
+    ("#### -5", "-5"),
+    ("#### $5", "5"),
+    ("#### 4\nThat was 1 of 3.", "4"),
+    ("#### 4\n#### 5", "5"),
+    ("#### Part 2\nso 6", "6"),
     # R4
-    ("15", "15"), ("3/5", "3/5"), ("\\frac{3}{5}", "3/5"), ("D", "D"), ("false", "False"), ("x = 2", "2"),
+    ("15", "15"),
+    ("3/5", "3/5"),
+    ("\\frac{3}{5}", "3/5"),
+    ("D", "D"),
+    ("false", "False"),
+    ("x = 2", "2"),
     ("$2x+1$", "1+2x"),
-    ("**15**", "15"), ("(1, 2)", "(1,2)"), ("50%", "1/2"),
+    ("**15**", "15"),
+    ("(1, 2)", "(1,2)"),
+    ("50%", "1/2"),
     # R5
-    ("He has 3 and buys 4 more, 7 in all", "7"), ("In the end, 1,234,567 votes", "1234567"), ("It costs $3.20.", "3.2"),
-    ("It fell to -8 degrees", "-8"), ("So 5-3=2", "2"), ("about 2/3 of them", "2/3"),
+    ("He has 3 and buys 4 more, 7 in all", "7"),
+    ("In the end, 1,234,567 votes", "1234567"),
+    ("It costs $3.20.", "3.2"),
+    ("It fell to -8 degrees", "-8"),
+    ("So 5-3=2", "2"),
+    ("about 2/3 of them", "2/3"),
     ("a share of \\frac{2}{3} then", "2/3"),
     ("up by 12.5% then", "12.5%"),
-    ("{\"answer\": 7}", "7"),
+    ('{"answer": 7}', "7"),
     # R6
-    ("", None), (" \n ", None), ("I do not know.", None), ("Let me think about that, and", None)]
+    ("", None),
+    (" \n ", None),
+    ("I do not know.", None),
+    ("Let me think about that, and", None),
+]
 
 
 @pytest.mark.parametrize("response, answer", EXTRACT)
@@ -85,7 +145,9 @@ def test_extraction(response, answer):
     if answer is None:
         assert extracted is None
     else:
-        assert extracted is not None and (extracted == answer or is_equivalent(extracted, answer)), extracted
+        assert extracted is not None and (
+            extracted == answer or is_equivalent(extracted, answer)
+        ), extracted
 
 
 @needs_shared
@@ -95,7 +157,9 @@ def test_extraction_shared():
     for case in cases:
         answer, extracted = case["answer"], extract_answer(case["response"])
         accepted = [answer, *case.get("also", [])]
-        if extracted not in accepted and (None in (answer, extracted) or not is_equivalent(extracted, answer)):
+        if extracted not in accepted and (
+            None in (answer, extracted) or not is_equivalent(extracted, answer)
+        ):
             wrong.append((case["why"], extracted))
     print(f"{len(cases) - len(wrong)} of {len(cases)} extracted; not: {wrong}")
     assert len(wrong) <= 0.03 * len(cases), wrong
@@ -249,7 +313,7 @@ def test_equal(members):
 def test_different(members):
     for k, a in enumerate(members):
         assert is_equivalent(a, a)
-        for b in members[k + 1:]:
+        for b in members[k + 1 :]:
             assert not is_equivalent(a, b) and not is_equivalent(b, a), f"{a} is not {b}"
 
 
@@ -260,7 +324,15 @@ def test_nothing_equals_no_answer():
 
 
 def test_undefined_equals_nothing():
-    for undefined in ("1/0", "\\frac{2}{0}", "0/0", "\\log 0", "1/(1-1)", "\\frac{1}{x-x}", "0^{-1}"):
+    for undefined in (
+        "1/0",
+        "\\frac{2}{0}",
+        "0/0",
+        "\\log 0",
+        "1/(1-1)",
+        "\\frac{1}{x-x}",
+        "0^{-1}",
+    ):
         for other in ("0", "1", "\\infty", "3/0", "x"):
             assert not is_equivalent(undefined, other) and not is_equivalent(other, undefined)
 
@@ -269,15 +341,23 @@ def spellings(value: Fraction, rng: random.Random) -> list[str]:
     """Ways to write an exact rational."""
     k = rng.randint(2, 9)
     top, bottom = value.numerator, value.denominator
-    out = [f"{top}/{bottom}", f"({top})/{bottom}",
-           f"\\frac{{{top}}}{{{bottom}}}", f"\\frac{{{k * top}}}{{{k * bottom}}}",
-           f"\\frac{{{-top}}}{{{-bottom}}}", f"{top}\\cdot{bottom}^{{-1}}", f"{100 * value}\\%"]
+    out = [
+        f"{top}/{bottom}",
+        f"({top})/{bottom}",
+        f"\\frac{{{top}}}{{{bottom}}}",
+        f"\\frac{{{k * top}}}{{{k * bottom}}}",
+        f"\\frac{{{-top}}}{{{-bottom}}}",
+        f"{top}\\cdot{bottom}^{{-1}}",
+        f"{100 * value}\\%",
+    ]
     whole, rest = divmod(abs(value), 1)
     if whole and rest:
-        out.append(f"{'-' if value < 0 else ''}{whole}\\frac{{{rest.numerator}}}{{{rest.denominator}}}")
+        out.append(
+            f"{'-' if value < 0 else ''}{whole}\\frac{{{rest.numerator}}}{{{rest.denominator}}}"
+        )
     if value.denominator == 1:
         out += [f"{top:,}", f"{top}.0", f"{top}.", f"x = {top}"]
-    if 10 ** 6 % bottom == 0:
+    if 10**6 % bottom == 0:
         out.append(f"{float(value):.6f}")
     return out
 
@@ -287,8 +367,8 @@ def test_random_rationals(rng):
     for _ in range(60):
         size = 10 ** rng.randint(1, 5)
         value = Fraction(rng.randint(-size, size), rng.choice((1, 1, 2, 3, 7, 8, 20, 125, 99)))
-        near = value + Fraction(rng.choice((-1, 1)), rng.choice((1, 7, 10 ** 6, 10 ** 30)))
-        if value in (100 * near, near / 100):       # where a percent sign may stand for nothing (P5)
+        near = value + Fraction(rng.choice((-1, 1)), rng.choice((1, 7, 10**6, 10**30)))
+        if value in (100 * near, near / 100):  # where a percent sign may stand for nothing (P5)
             continue
         ours, others = spellings(value, rng), spellings(near, rng)
         for a in ours:
@@ -302,12 +382,15 @@ def test_random_polynomials(rng):
     for _ in range(40):
         roots = [rng.randint(-9, 9) for _ in range(rng.randint(2, 5))]
         coefficients = [1]
-        for root in roots:                          # times (x - root)
+        for root in roots:  # times (x - root)
             coefficients = [a - root * b for a, b in zip(coefficients + [0], [0] + coefficients)]
         degree = len(roots)
 
         def expanded(c):
-            return " + ".join(f"{a}x^{{{degree - k}}}" for k, a in enumerate(c)).replace("+ -", "- ")
+            return " + ".join(f"{a}x^{{{degree - k}}}" for k, a in enumerate(c)).replace(
+                "+ -", "- "
+            )
+
         factored = "".join(f"(x-{root})" if root >= 0 else f"(x+{-root})" for root in roots)
         assert is_equivalent(factored, expanded(coefficients))
         wrong = list(coefficients)
@@ -318,13 +401,19 @@ def test_random_polynomials(rng):
 def test_random_radicals(rng):
     """(a + b√c)^2 = a^2 + b^2 c + 2ab √c, the same under one root, and 1 / (a + b√c) rationalised."""
     for _ in range(40):
-        a, b, c = rng.randint(1, 20), rng.choice((-1, 1)) * rng.randint(1, 9), rng.choice((2, 3, 5, 6, 7, 12, 50, 101))
+        a, b, c = (
+            rng.randint(1, 20),
+            rng.choice((-1, 1)) * rng.randint(1, 9),
+            rng.choice((2, 3, 5, 6, 7, 12, 50, 101)),
+        )
         square = f"{a * a + b * b * c}+{2 * a * b}\\sqrt{{{c}}}"
         assert is_equivalent(f"({a}+{b}\\sqrt{{{c}}})^2", square)
         assert is_equivalent(f"\\sqrt{{{square}}}", f"|{a}+{b}\\sqrt{{{c}}}|")
         assert not is_equivalent(f"({a}-{b}\\sqrt{{{c}}})^2", square)
         norm = a * a - b * b * c
-        assert is_equivalent(f"\\frac{{1}}{{{a}+{b}\\sqrt{{{c}}}}}", f"\\frac{{{a}-{b}\\sqrt{{{c}}}}}{{{norm}}}")
+        assert is_equivalent(
+            f"\\frac{{1}}{{{a}+{b}\\sqrt{{{c}}}}}", f"\\frac{{{a}-{b}\\sqrt{{{c}}}}}{{{norm}}}"
+        )
         assert not is_equivalent(f"\\sqrt{{{square}}}", f"|{a}+{b}\\sqrt{{{c}}}|+10^{{-50}}")
 
 
@@ -333,7 +422,11 @@ def test_random_identities(rng):
     for _ in range(12):
         a, b = (Fraction(rng.randint(-400, 400), 97) for _ in range(2))
         assert is_equivalent(f"\\sin({a}+{b})", f"\\sin({a})\\cos({b})+\\cos({a})\\sin({b})")
-        assert not is_equivalent(f"\\sin({a}+{b})", f"\\sin({a})\\cos({b})-\\cos({a})\\sin({b})") or not a or not b
+        assert (
+            not is_equivalent(f"\\sin({a}+{b})", f"\\sin({a})\\cos({b})-\\cos({a})\\sin({b})")
+            or not a
+            or not b
+        )
         assert is_equivalent(f"e^{{i({a})}}", f"\\cos({a})+i\\sin({a})")
         assert is_equivalent(f"\\tan(\\arctan({a}))", f"{a}")
         assert is_equivalent(f"e^{{{a}}}\\cdot e^{{{b}}}", f"e^{{{a + b}}}")
@@ -344,9 +437,12 @@ def test_random_identities(rng):
 
 def test_random_regions(rng):
     """Unions of intervals against a plain membership test on all ends and midpoints."""
+
     def contains(parts, x):
-        return any(low < x < high or (x == low and left == "[") or (x == high and right == "]")
-                   for left, low, high, right in parts)
+        return any(
+            low < x < high or (x == low and left == "[") or (x == high and right == "]")
+            for left, low, high, right in parts
+        )
 
     points = [Fraction(k, 2) for k in range(-1, 16)]
     for _ in range(150):
@@ -357,8 +453,11 @@ def test_random_regions(rng):
                 low, high = sorted(rng.sample(range(8), 2))
                 parts.append((rng.choice("(["), low, high, rng.choice(")]")))
             unions.append(parts)
-        a, b = ("\\cup".join(f"{left}{low},{high}{right}" for left, low, high, right in parts) for parts in unions)
-        if "cup" in a:                              # a lone pair is a point as well as an interval
+        a, b = (
+            "\\cup".join(f"{left}{low},{high}{right}" for left, low, high, right in parts)
+            for parts in unions
+        )
+        if "cup" in a:  # a lone pair is a point as well as an interval
             same = all(contains(unions[0], x) == contains(unions[1], x) for x in points)
             assert is_equivalent(a, b) is same, (a, b)
 
@@ -379,6 +478,7 @@ def test_pairs_shared():
 
 # ------------------------------------------------------------------------------------------------------ verdicts
 
+
 def test_statuses():
     assert judge("2 * 3 = 6\n#### 6", "6") == Verdict(1.0, "6", "correct")
     assert judge("#### 5", "6") == (0.0, "5", "wrong")
@@ -391,6 +491,7 @@ def test_statuses():
 def test_an_internal_error_is_visible(monkeypatch, caplog):
     def broken(prediction, reference):
         raise KeyError("a bug")
+
     monkeypatch.setattr(verify, "is_equivalent", broken)
     with caplog.at_level(logging.ERROR):
         assert judge("#### 6", "6") == (0.0, None, "error")
@@ -416,35 +517,72 @@ def test_last_number_is_the_papers_rule():
 
 GAMES = [
     # G1: nothing, or nothing finished
-    ("", "5"), ("   ", "5"), ("\\boxed{}", "5"), ("<think>The answer is \\boxed{5}", "5"), ("<think>5</think>", "5"),
-    ("\\boxed{5", "5"), ("The answer is", "5"),
+    ("", "5"),
+    ("   ", "5"),
+    ("\\boxed{}", "5"),
+    ("<think>The answer is \\boxed{5}", "5"),
+    ("<think>5</think>", "5"),
+    ("\\boxed{5", "5"),
+    ("The answer is", "5"),
     # G2: a list without a commitment
-    ("1 2 3 4 5", "5"), ("1, 2, 3, 4, 5", "5"), ("It is one of 1, 2, 3, 4, 5", "5"), ("Maybe 3, 4 or 5", "5"),
+    ("1 2 3 4 5", "5"),
+    ("1, 2, 3, 4, 5", "5"),
+    ("It is one of 1, 2, 3, 4, 5", "5"),
+    ("Maybe 3, 4 or 5", "5"),
     ("1\n2\n3\n4\n5", "5"),
-    ("- 3\n- 4\n- 5", "5"), ("The answer is 3, 4, 5.", "5"), ("The answer is 4 or 5.", "5"), ("\\boxed{4, 5}", "5"),
-    ("\\boxed{1,2,3,4,5,6,7,8,9}", "5"), ("The answer is 5 or something else.", "5"), ("#### 1 2 3 4 5", "5"),
-    ("The answer is between 4 and 5.", "5"), ("The answer is A, B, C or D.", "D"), ("\\boxed{ABCD}", "D"),
+    ("- 3\n- 4\n- 5", "5"),
+    ("The answer is 3, 4, 5.", "5"),
+    ("The answer is 4 or 5.", "5"),
+    ("\\boxed{4, 5}", "5"),
+    ("\\boxed{1,2,3,4,5,6,7,8,9}", "5"),
+    ("The answer is 5 or something else.", "5"),
+    ("#### 1 2 3 4 5", "5"),
+    ("The answer is between 4 and 5.", "5"),
+    ("The answer is A, B, C or D.", "D"),
+    ("\\boxed{ABCD}", "D"),
     ("The answer is True or False.", "False"),
     # G3: several boxes
-    ("\\boxed{3} \\boxed{4} \\boxed{5}", "5"), ("$\\boxed{3}$, $\\boxed{4}$, $\\boxed{5}$", "5"),
+    ("\\boxed{3} \\boxed{4} \\boxed{5}", "5"),
+    ("$\\boxed{3}$, $\\boxed{4}$, $\\boxed{5}$", "5"),
     ("\\boxed{4}\n\n\\boxed{5}", "5"),
     ("The correct answer is \\boxed{4}. The correct answer is \\boxed{5}.", "5"),
-    ("It is \\boxed{4} or maybe it could also turn out to be \\boxed{5}", "5"), ("\\boxed{4} or \\boxed{5}", "4"),
+    ("It is \\boxed{4} or maybe it could also turn out to be \\boxed{5}", "5"),
+    ("\\boxed{4} or \\boxed{5}", "4"),
     # G4: the problem again
-    ("A box holds 5 pens. How many pens do 4 boxes and 5 pens make?", "5"), ("What is 3 + 5?", "5"),
-    ("Find the remainder when 17 is divided by 5.", "5"), ("Compute $3 + 5$.", "5"),
+    ("A box holds 5 pens. How many pens do 4 boxes and 5 pens make?", "5"),
+    ("What is 3 + 5?", "5"),
+    ("Find the remainder when 17 is divided by 5.", "5"),
+    ("Compute $3 + 5$.", "5"),
     ("Let $x + y = 5$. Determine the largest value of $xy$.", "5"),
     ("Tom has 5 hats, calculate how many Ann has.", "5"),
     # G5: choices that nobody made
-    ("Is it true or false?", "False"), ("A) red\nB) blue\nC) green", "C"), ("Answer with True or False.", "False"),
-    ("A. True\nB. False", "B"), ("Is the statement true?", "True"), ("Either it is A or B", "A"),
+    ("Is it true or false?", "False"),
+    ("A) red\nB) blue\nC) green", "C"),
+    ("Answer with True or False.", "False"),
+    ("A. True\nB. False", "B"),
+    ("Is the statement true?", "True"),
+    ("Either it is A or B", "A"),
     # G6: the reference inside another number
-    ("#### 152", "5"), ("The answer is 15.", "5"), ("\\boxed{5.5}", "5"), ("\\boxed{0.5}", "5"), ("\\boxed{x_5}", "5"),
-    ("\\boxed{\\text{5 or 6}}", "5"), ("\\boxed{not 5}", "5"), ("\\boxed{[4,5]}", "5"), ("\\boxed{\\pm5}", "5"),
+    ("#### 152", "5"),
+    ("The answer is 15.", "5"),
+    ("\\boxed{5.5}", "5"),
+    ("\\boxed{0.5}", "5"),
+    ("\\boxed{x_5}", "5"),
+    ("\\boxed{\\text{5 or 6}}", "5"),
+    ("\\boxed{not 5}", "5"),
+    ("\\boxed{[4,5]}", "5"),
+    ("\\boxed{\\pm5}", "5"),
     ("\\boxed{x=5=6}", "5"),
-    ("The distance is \\(3\\sqrt{5}\\).", "5"), ("So they differ by $5x$.", "5"), ("Thus\n\\[ y = x^5 \\]", "5"),
-    ("They meet at $(4, 5)$.", "5"), ("It costs $3 or so in all: $$c = \\frac{2}{3}\\cdot 5$$", "5"),
-    ("\\boxed{x}", "5"), ("\\boxed{5x}", "5"), ("\\boxed{5 = 6}", "5"), ("\\boxed{5\\ne6}", "5")]
+    ("The distance is \\(3\\sqrt{5}\\).", "5"),
+    ("So they differ by $5x$.", "5"),
+    ("Thus\n\\[ y = x^5 \\]", "5"),
+    ("They meet at $(4, 5)$.", "5"),
+    ("It costs $3 or so in all: $$c = \\frac{2}{3}\\cdot 5$$", "5"),
+    ("\\boxed{x}", "5"),
+    ("\\boxed{5x}", "5"),
+    ("\\boxed{5 = 6}", "5"),
+    ("\\boxed{5\\ne6}", "5"),
+]
 
 
 @pytest.mark.parametrize("response, reference", GAMES)
@@ -456,32 +594,60 @@ def test_not_gameable(response, reference, prefix):
     assert verdict.reward == 0.0 and verdict.status in ("wrong", "no_answer", "unparsed"), verdict
 
 
-@pytest.mark.parametrize("response, reference", [
-    ("So 3 + 2 = 5", "5"), ("He has 5 pens left.", "5"), ("There were 3 and now there are 5.", "5"),
-    ("Calculate the rest: 8 - 3 = 5.", "5"), ("She eats 4, which leaves 5 eggs.", "5"), ("9 - 4 = 5\n5", "5"),
-    ("The polar coordinates of $(0,3)$ are \\((3, \\frac{\\pi}{2})\\).", "(3, \\pi/2)"), ("So it is \\(\\sqrt{45}\\) long.", "3\\sqrt5"),
-    ("Hence\n\\[ 2 \\text{ h} \\cdot 40 = 80 \\text{ miles} \\]", "80"),
-    ("\\[ \\begin{aligned} x &= 2 + 3 \\\\ &= 5 \\end{aligned} \\]", "5"),
-    ("She pays $3 for $x$ but $5 for $y$", "5"), ("so $\\frac{10}{3} \\approx 3.33$.", "3.33"), ("The cost is $3 + $4 = $7", "7"),
-    ("in total \\(\\$7\\)", "7"), ("that is $7$ or $x$ of them", "7"),
-    ("First \\boxed{4}. No, that is wrong: \\boxed{5}", "5"), ("\\boxed{5} and again \\boxed{5}", "5"),
-    ("\\boxed{\\boxed{5}}", "5"), ("It is \\boxed{even}, yes, \\boxed{even}", "even"),
-    ("I first found \\boxed{4}. After checking the second equation it must be \\boxed{5}", "5"),
-    ("The roots are \\boxed{4} and \\boxed{5}", "4,5"), ("Why 5? Because 2 + 3 = 5. The answer is 5.", "5")])
+@pytest.mark.parametrize(
+    "response, reference",
+    [
+        ("So 3 + 2 = 5", "5"),
+        ("He has 5 pens left.", "5"),
+        ("There were 3 and now there are 5.", "5"),
+        ("Calculate the rest: 8 - 3 = 5.", "5"),
+        ("She eats 4, which leaves 5 eggs.", "5"),
+        ("9 - 4 = 5\n5", "5"),
+        ("The polar coordinates of $(0,3)$ are \\((3, \\frac{\\pi}{2})\\).", "(3, \\pi/2)"),
+        ("So it is \\(\\sqrt{45}\\) long.", "3\\sqrt5"),
+        ("Hence\n\\[ 2 \\text{ h} \\cdot 40 = 80 \\text{ miles} \\]", "80"),
+        ("\\[ \\begin{aligned} x &= 2 + 3 \\\\ &= 5 \\end{aligned} \\]", "5"),
+        ("She pays $3 for $x$ but $5 for $y$", "5"),
+        ("so $\\frac{10}{3} \\approx 3.33$.", "3.33"),
+        ("The cost is $3 + $4 = $7", "7"),
+        ("in total \\(\\$7\\)", "7"),
+        ("that is $7$ or $x$ of them", "7"),
+        ("First \\boxed{4}. No, that is wrong: \\boxed{5}", "5"),
+        ("\\boxed{5} and again \\boxed{5}", "5"),
+        ("\\boxed{\\boxed{5}}", "5"),
+        ("It is \\boxed{even}, yes, \\boxed{even}", "even"),
+        ("I first found \\boxed{4}. After checking the second equation it must be \\boxed{5}", "5"),
+        ("The roots are \\boxed{4} and \\boxed{5}", "4,5"),
+        ("Why 5? Because 2 + 3 = 5. The answer is 5.", "5"),
+    ],
+)
 def test_honest_answers_are_paid(response, reference):
     assert judge(response, reference).status == "correct"
 
 
-@pytest.mark.parametrize("response, reference", [
-    ("The answer is (B).", "B"), ("B", "B"), ("B.", "B"), ("(B)", "B"), ("\\boxed{B}", "B"),
-    ("\\boxed{\\text{B}}", "B"),
-    ("The correct answer is B) False", "B"), ("Answer: B. False", "B"),
-    ("A is wrong for 2 reasons, so the answer is option B.", "B"),
-    ("Option A fails. Therefore option B", "B"), ("I choose **B**.", "B"),
-    ("It follows that the statement is False.", "False"),
-    ("Max is not sour. So the statement is false.", "False"), ("Therefore, it is **True**.", "True"),
-    ("The answer is true.", "True"),
-    ("true", "True"), ("Is it true? All cats are animals, so the statement is true.", "True"), ("Answer: No", "No")])
+@pytest.mark.parametrize(
+    "response, reference",
+    [
+        ("The answer is (B).", "B"),
+        ("B", "B"),
+        ("B.", "B"),
+        ("(B)", "B"),
+        ("\\boxed{B}", "B"),
+        ("\\boxed{\\text{B}}", "B"),
+        ("The correct answer is B) False", "B"),
+        ("Answer: B. False", "B"),
+        ("A is wrong for 2 reasons, so the answer is option B.", "B"),
+        ("Option A fails. Therefore option B", "B"),
+        ("I choose **B**.", "B"),
+        ("It follows that the statement is False.", "False"),
+        ("Max is not sour. So the statement is false.", "False"),
+        ("Therefore, it is **True**.", "True"),
+        ("The answer is true.", "True"),
+        ("true", "True"),
+        ("Is it true? All cats are animals, so the statement is true.", "True"),
+        ("Answer: No", "No"),
+    ],
+)
 def test_choices(response, reference):
     """The last stated choice counts, and only that one."""
     assert judge(response, reference).status == "correct"
@@ -492,34 +658,142 @@ def test_choices(response, reference):
 
 # ------------------------------------------------------------------------------------------------------- hostile
 
+
 def hostile_texts() -> list[str]:
-    texts = ["10**10**10", "9^9^9^9", "9^{9^{9^{9}}}", "2^{100000}", "7^{-100000000}", "(1+10^{-9})^{10^{9}}",
-    "1e999999",
-             "-1e99999999999", "999999999!", "((((9!)!)!)!)!", "9" + "!" * 300, "\\binom{1000000000}{500000000}",
-             "\\sqrt[1000000000]{2}",
-             "\\sum_{k=1}^{10^{18}} k", "(x+1)^{1000000}", "(a+b+c+d+e+f+g+h)^{50}", "(\\sqrt{999983})^{99999}",
-             "0.\\overline{" + "1" * 900 + "}", "7\x008", "\x00", "\ud800", "\\boxed{7\udc00}", "\u202e71\u202c",
-             "\ufeff7", "1\u200b7",
-             "\u0667", "\u00b2", "\u2466", "\u0130", "__import__('os').system('touch pwned')",
-             "\\input{/etc/passwd}", "\\frac{1}{0}",
-             "{0.__class__}", "%s%n", "(a+)+$", "[", "nan", "-inf", "0x1F", "1_000", "\\frac", "\\frac}{1}{2}",
-             "\\sqrt[", "x^", "^2",
-             "(1,", "1,,2", "1/", "\\boxed", "\\left(", "\\end{pmatrix}\\begin{pmatrix}",
-             "\\begin{pmatrix}1&2\\\\3\\end{pmatrix}",
-             "0.\\overline{}", "1.2.3", "1e", "_", "\\", "7_{1}", "0\\pm 1\\pm 1\\pm 1\\pm 1\\pm 1\\pm 1\\pm 1",
-             "$", "'" * 50, "..."]
-    for unit in ("7", "(", ")", "{", "\\boxed{", "}", "\\sqrt{", "\\sqrt ", "\\frac", "\\frac{1}{1+", "\\left(",
-    "\\sin(", "\\sin ",
-                 "_{", "x^", "2^", "(1,", "|", "<think>", "a", " ", "\n", "the answer is ", "#", "$", "\\", "-",
-                 "+-", "1+", "1,",
-                 ",x+y", ",111", "1 ", "\\pm 1", "x=", "<x", "(0,1)\\cup", "1&", "\\begin{pmatrix}", "\\text{",
-                 "\u0301", "\U0001f600",
-                 "Answer\n", "\\boxed{}", "\\boxed{ ", "!", "%", "°", "\"", "<<", ":", "=", "\\sin x+",
-                 "\\ln 2x<\\sin 3 or ",
-                 "\\sqrt[3]{2}+", "\\arctan(1/3)+", "x^{77.7}", "(x+y)^{9}", "1/3^{900}+", "(1,x),"):
-        texts += [unit * 20, unit * (900 // len(unit)), unit * (100_000 // len(unit)),
-                  "The answer is " + unit * 60 + "1", "\\boxed{" + unit * (900 // len(unit)) + "}",
-                  "5" + unit * 40 + "5"]
+    texts = [
+        "10**10**10",
+        "9^9^9^9",
+        "9^{9^{9^{9}}}",
+        "2^{100000}",
+        "7^{-100000000}",
+        "(1+10^{-9})^{10^{9}}",
+        "1e999999",
+        "-1e99999999999",
+        "999999999!",
+        "((((9!)!)!)!)!",
+        "9" + "!" * 300,
+        "\\binom{1000000000}{500000000}",
+        "\\sqrt[1000000000]{2}",
+        "\\sum_{k=1}^{10^{18}} k",
+        "(x+1)^{1000000}",
+        "(a+b+c+d+e+f+g+h)^{50}",
+        "(\\sqrt{999983})^{99999}",
+        "0.\\overline{" + "1" * 900 + "}",
+        "7\x008",
+        "\x00",
+        "\ud800",
+        "\\boxed{7\udc00}",
+        "\u202e71\u202c",
+        "\ufeff7",
+        "1\u200b7",
+        "\u0667",
+        "\u00b2",
+        "\u2466",
+        "\u0130",
+        "__import__('os').system('touch pwned')",
+        "\\input{/etc/passwd}",
+        "\\frac{1}{0}",
+        "{0.__class__}",
+        "%s%n",
+        "(a+)+$",
+        "[",
+        "nan",
+        "-inf",
+        "0x1F",
+        "1_000",
+        "\\frac",
+        "\\frac}{1}{2}",
+        "\\sqrt[",
+        "x^",
+        "^2",
+        "(1,",
+        "1,,2",
+        "1/",
+        "\\boxed",
+        "\\left(",
+        "\\end{pmatrix}\\begin{pmatrix}",
+        "\\begin{pmatrix}1&2\\\\3\\end{pmatrix}",
+        "0.\\overline{}",
+        "1.2.3",
+        "1e",
+        "_",
+        "\\",
+        "7_{1}",
+        "0\\pm 1\\pm 1\\pm 1\\pm 1\\pm 1\\pm 1\\pm 1",
+        "$",
+        "'" * 50,
+        "...",
+    ]
+    for unit in (
+        "7",
+        "(",
+        ")",
+        "{",
+        "\\boxed{",
+        "}",
+        "\\sqrt{",
+        "\\sqrt ",
+        "\\frac",
+        "\\frac{1}{1+",
+        "\\left(",
+        "\\sin(",
+        "\\sin ",
+        "_{",
+        "x^",
+        "2^",
+        "(1,",
+        "|",
+        "<think>",
+        "a",
+        " ",
+        "\n",
+        "the answer is ",
+        "#",
+        "$",
+        "\\",
+        "-",
+        "+-",
+        "1+",
+        "1,",
+        ",x+y",
+        ",111",
+        "1 ",
+        "\\pm 1",
+        "x=",
+        "<x",
+        "(0,1)\\cup",
+        "1&",
+        "\\begin{pmatrix}",
+        "\\text{",
+        "\u0301",
+        "\U0001f600",
+        "Answer\n",
+        "\\boxed{}",
+        "\\boxed{ ",
+        "!",
+        "%",
+        "°",
+        '"',
+        "<<",
+        ":",
+        "=",
+        "\\sin x+",
+        "\\ln 2x<\\sin 3 or ",
+        "\\sqrt[3]{2}+",
+        "\\arctan(1/3)+",
+        "x^{77.7}",
+        "(x+y)^{9}",
+        "1/3^{900}+",
+        "(1,x),",
+    ):
+        texts += [
+            unit * 20,
+            unit * (900 // len(unit)),
+            unit * (100_000 // len(unit)),
+            "The answer is " + unit * 60 + "1",
+            "\\boxed{" + unit * (900 // len(unit)) + "}",
+            "5" + unit * 40 + "5",
+        ]
     return texts
 
 
@@ -532,7 +806,7 @@ def cpu_seconds(function, *arguments) -> float:
         best = min(best, time.process_time() - start)
         if best < 0.005 or attempt >= 4 and best < 0.020:
             break
-        time.sleep(0.01 * attempt)                  # neighbours slow the clock of a shared core too: let them pass
+        time.sleep(0.01 * attempt)  # neighbours slow the clock of a shared core too: let them pass
     return best
 
 
@@ -540,7 +814,9 @@ def check_hostile(text: str):
     extracted = extract_answer(text)
     assert extracted is None or isinstance(extracted, str)
     assert is_equivalent(text, "17") is False and is_equivalent("17", text) is False
-    assert isinstance(is_equivalent(text, text), bool) and isinstance(is_equivalent(text, text + "+0"), bool)
+    assert isinstance(is_equivalent(text, text), bool) and isinstance(
+        is_equivalent(text, text + "+0"), bool
+    )
     for verifier in ("policy", "last-number"):
         assert judge(text, "17", verifier).status in ("wrong", "no_answer", "unparsed")
 
@@ -550,11 +826,13 @@ def test_hostile(tmp_path, monkeypatch):
     slowest = 0.0
     for text in hostile_texts():
         check_hostile(text)
-        seconds = max(cpu_seconds(judge, text, "17"), cpu_seconds(is_equivalent, text, text[:900] + "+0"))
+        seconds = max(
+            cpu_seconds(judge, text, "17"), cpu_seconds(is_equivalent, text, text[:900] + "+0")
+        )
         assert seconds < 0.020, text[:50]
         slowest = max(slowest, seconds)
     print(f"{len(hostile_texts())} texts, the slowest verdict {slowest * 1000:.1f} ms")
-    assert not list(tmp_path.iterdir())             # nothing was executed or written
+    assert not list(tmp_path.iterdir())  # nothing was executed or written
 
 
 @needs_shared
@@ -566,15 +844,19 @@ def test_hostile_shared(tmp_path, monkeypatch):
         if text is None:
             text = case.get("prefix", "") + case["repeat"] * case["times"] + case.get("middle", "")
             text += case.get("close", "") * case.get("close_times", 0) + case.get("suffix", "")
-        if text == "\u202e71\u202c":                # shown as 17, which is not what it says
+        if text == "\u202e71\u202c":  # shown as 17, which is not what it says
             assert not is_equivalent(text, "71")
         assert is_equivalent(text, "5") is False and is_equivalent("5", text) is False, case["note"]
-        assert isinstance(is_equivalent(text, text), bool) and isinstance(extract_answer(text), str | None)
+        assert isinstance(is_equivalent(text, text), bool) and isinstance(
+            extract_answer(text), str | None
+        )
         assert judge(text, "5").reward == 0.0 and judge(text, "5").status != "error", case["note"]
         seconds = cpu_seconds(judge, text, "5") / max(1, len(text) / 100_000)
         assert seconds < 0.020, case["note"]
         slowest = max(slowest, seconds)
-    print(f"{len(cases)} cases, the slowest verdict {slowest * 1000:.1f} ms (per 100 kB where a text is longer)")
+    print(
+        f"{len(cases)} cases, the slowest verdict {slowest * 1000:.1f} ms (per 100 kB where a text is longer)"
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -613,7 +895,11 @@ def mutated(text: str, answers: list[str], rng: random.Random) -> str:
         elif kind < 0.9:
             text = text[:start] + rng.choice(answers) + text[start:]
         else:
-            text = text[:start] + chr(rng.choice((rng.randrange(32, 127), rng.randrange(0x110000)))) + text[end:]
+            text = (
+                text[:start]
+                + chr(rng.choice((rng.randrange(32, 127), rng.randrange(0x110000))))
+                + text[end:]
+            )
     return text
 
 
@@ -633,28 +919,40 @@ def test_fuzz():
         start = time.process_time()
         status = judge(text, reference).status
         seconds = time.process_time() - start
-        if seconds > 0.020:                         # once may be the machine's fault
+        if seconds > 0.020:  # once may be the machine's fault
             seconds = cpu_seconds(judge, text, reference)
             assert seconds < 0.020, (text[:200], reference)
         slowest = max(slowest, seconds)
         assert status in ("correct", "wrong", "no_answer", "unparsed"), (text, reference)
         if k % 10 == 0:
-            assert is_equivalent(text, reference) is is_equivalent(reference, text), (text, reference)
+            assert is_equivalent(text, reference) is is_equivalent(reference, text), (
+                text,
+                reference,
+            )
             assert is_equivalent(text, text) is bool(text.strip())
     print(f"50,000 texts, the slowest verdict {slowest * 1000:.1f} ms")
 
 
 # ----------------------------------------------------------------------------------------------- published problems
 
+
 def gsm8k_problems() -> list[tuple[str, str, str]]:
     """(question, solution, answer) of both splits."""
-    rows = [row for split in ("train", "test") for row in read_jsonl(SHARED / "data" / "raw" / f"gsm8k_{split}.jsonl")]
-    return [(row["question"], row["answer"], row["answer"].split("####")[1].strip()) for row in rows]
+    rows = [
+        row
+        for split in ("train", "test")
+        for row in read_jsonl(SHARED / "data" / "raw" / f"gsm8k_{split}.jsonl")
+    ]
+    return [
+        (row["question"], row["answer"], row["answer"].split("####")[1].strip()) for row in rows
+    ]
 
 
 def math500_problems() -> list[tuple[str, str, str]]:
-    return [(row["problem"], row["solution"], row["answer"])
-            for row in read_jsonl(SHARED / "data" / "raw" / "math500_test.jsonl")]
+    return [
+        (row["problem"], row["solution"], row["answer"])
+        for row in read_jsonl(SHARED / "data" / "raw" / "math500_test.jsonl")
+    ]
 
 
 @needs_shared
@@ -665,7 +963,11 @@ def test_gold_solutions_verify(problems):
     missed = []
     for _, solution, answer in problems:
         extracted = extract_answer(solution)
-        if extracted is None or not is_equivalent(extracted, answer) or judge(solution, answer).status != "correct":
+        if (
+            extracted is None
+            or not is_equivalent(extracted, answer)
+            or judge(solution, answer).status != "correct"
+        ):
             missed.append((extracted, answer))
     print(f"{len(problems) - len(missed)} of {len(problems)} verify; not: {missed}")
     assert len(missed) <= 0.005 * len(problems), missed

@@ -1,0 +1,47 @@
+"""Files from outside: JSON objects and safetensors, opened with one sentence for what is wrong."""
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line, at most 300 characters."""
+    return " ".join((str(error) or type(error).__name__).split())[:300]
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`. Raises FileNotFoundError or ValueError that names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
+        what = f"{path} is truncated or not JSON ({one_line(error)})"
+        raise ValueError(f"{what}: copy the file again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def open_tensors(path: Path):
+    """Open a safetensors file. Raises ValueError where its length and its header disagree."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        what = f"{path} is truncated or not a safetensors file ({one_line(error)})"
+        raise ValueError(f"{what}: fetch it again") from None
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that is whole or not there, whatever happens meanwhile."""
+    scratch = path.with_name(path.name + ".new")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
