@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_OPS = torch.ops.mkldnn  # its operators are private: a PyTorch version may lack them
+ONEDNN = hasattr(_OPS, "_linear_pointwise") and hasattr(_OPS, "_reorder_linear_weight")
 ATTENTION_STEP = 16  # attended lengths are multiples of it: attention rounds differently at others
 PROMPT_STEP = 32  # prompts are prefilled at widths that are multiples of it, for the same reason
 
@@ -35,15 +36,15 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a (n, k), b (m, k) -> a @ b.T (n, m), summed and returned in float32 (float64 for float64).
+    """a (n, k), b (m, k) in matmul_dtype -> a @ b.T (n, m), summed and kept in float32 or float64.
 
     Rounded to bfloat16, a logit of size 20 would be off by 0.06.
     """
     if a.dtype == torch.bfloat16:
         return torch.mm(a, b.T, out_dtype=torch.float32)
     if a.dtype == torch.float32 and a.device.type == "cpu" and ONEDNN:
-        linear = torch.ops.mkldnn._linear_pointwise
-        return linear(zero_padded(a), zero_padded(b), None, "none", [], "")[:len(a), :len(b)]
+        out = _OPS._linear_pointwise(zero_padded(a), zero_padded(b), None, "none", [], "")
+        return out[:len(a), :len(b)]
     with torch.autocast(a.device.type, enabled=False):  # a backward may run within it
         return a @ b.T
 
@@ -61,46 +62,49 @@ def zero_padded(x: Tensor) -> Tensor:
 
 
 def pack(weight: Tensor) -> Tensor | None:
-    """A copy of weight (m, k) in oneDNN's layout, for `packed_linear`.
-
-    None where there is no such layout: on a GPU, in half precision, without oneDNN.
-    """
+    """A copy of weight (m, k) in oneDNN's layout, for `packed_linear`; None where there is none."""
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or not ONEDNN:
         return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    return _OPS._reorder_linear_weight(weight.detach())
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., k) float32 times a weight (m, k) that `pack` returned -> (..., m).
 
-    For the 16 to 64 rows of a decoding step this is two to five times as fast as F.linear. A single
-    row would take another path and round differently, so it is doubled.
+    A single row would take another path and round differently, so it is doubled.
     """
     rows = x.reshape(-1, x.shape[-1])
     two = rows if len(rows) > 1 else rows.repeat(2, 1)
-    out = torch.ops.mkldnn._linear_pointwise(two, packed, bias, "none", [], "")
+    out = _OPS._linear_pointwise(two, packed, bias, "none", [], "")
     return out[:len(rows)].view(*x.shape[:-1], -1)
 
 
-def available_memory() -> int:
-    """Bytes that can be had without swapping, per process of this machine.
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention of one query per head: q (B, Hkv, H / Hkv, hd), k, v (B, Hkv, S, hd) -> as q.
 
-    A terabyte where the system does not tell.
+    The query heads that share a key head stand where query positions would: k, v are read once.
     """
-    free = 2**40
+    if k.itemsize < 4:  # half precision: PyTorch's kernel keeps the scores in float32
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    batch, heads = q.shape[:2]
+    if batch * heads == 1:  # one product is split over threads and rounds differently: double it
+        q, k, v = (part.expand(2, -1, -1, -1) for part in (q, k, v))
+    return (((q * scale) @ k.transpose(2, 3) + mask).softmax(-1) @ v)[:batch]
+
+
+def available_memory() -> int:
+    """Bytes free without swapping, per process of this machine; 1 TiB where it does not tell."""
+    fields = {"MemAvailable": "1073741824 kB"}
     if os.path.exists("/proc/meminfo"):
         with open("/proc/meminfo") as lines:
-            fields = dict(line.split(":") for line in lines)
-        free = int(fields["MemAvailable"].split()[0]) * 1024
+            fields |= dict(line.split(":") for line in lines)
+    free = int(fields["MemAvailable"].split()[0]) * 1024
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory: page faults would cost up to a third of a training step.
-
-    The settings are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of mallopt(3).
-    """
+    """Have glibc keep freed memory: page faults would cost up to a third of a training step."""
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
+        libc = ctypes.CDLL(None)  # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of mallopt(3)
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):
             libc.mallopt(option, value)

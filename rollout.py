@@ -1,21 +1,22 @@
 """The sampler: prompts in, answers with their log-probs out.
 
-Each prompt is read once, whatever the number of its answers. Answers then decode together in the rows ("slots") of one KV
-cache: a row whose answer has ended is handed to the next in the queue before the next token is drawn, and when the queue is
-empty the batch shrinks to the rows that still run.
+Each prompt is prefilled once. Its answers then decode, each in a row ("slot") of one KV cache. When
+an answer ends, the next one takes its row before the next token is drawn. When none is left, the
+batch shrinks.
 
-What is sampled depends on the seed, the prompt's tokens, the sample's number and the position, and on nothing else: one
-uniform number per token comes from a counter hash of these (`uniforms`), and the token is where that number falls in the
-cumulative distribution (`draw`). So the number of slots, the order of the prompts and the group size do not change a sample.
-In float32 on a CPU with oneDNN that is exact, since every row's logits are: GPT.packed, `padded`, and steps of 16 in the
-attended length see to it that a row is rounded the same way whatever stands beside it.
+A sample depends on the seed, its prompt's tokens, its number among the answers to that prompt, and
+the position. It does not depend on the slots, the other prompts or n: `uniforms` hashes these four
+to a number, and `draw` looks up where that falls in the cumulative distribution. In float32 on a
+CPU with oneDNN this is exact, because a row's logits do not depend on the other rows (kernels.py).
+Elsewhere rounding may move a boundary across the number, and so change a token. Phi-3.5 needs its
+rope factors chosen once for this (model.long_rope).
 """
 import contextlib
 import hashlib
-import os
+import math
 import sys
 import weakref
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,119 +24,151 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.files import one_line
+from kernels import ATTENTION_STEP, PROMPT_STEP, available_memory, round_up
 from model import KVCache
 
-PREFILL_TOKENS = 4096  # prompts are read in packs of at most this many tokens (or one prompt): enough to keep the matmuls busy
+PREFILL_TOKENS = 4096  # tokens in a prefill batch (or one longer prompt): keeps the matmuls busy
 MAX_SLOTS = 512  # more rows than this add memory and no speed
 BLOCK = 256  # tokens per block of the two-level cumulative sum in `draw`
-LENGTH_STEP = 128  # tokens: a captured step attends to a multiple of this
+GRAPH_STEP = 128  # tokens: a CUDA graph attends to a multiple of this
 
 
 @dataclass
 class Rollout:
-    """One answer. `tokens` include the stop token if the answer reached one (`finished`)."""
+    """One answer. `finished`: it ends with a stop token, which is in `tokens`."""
     prompt: int  # index into generate's prompts
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # under the policy itself: temperature 1, nothing filtered
+    logprobs: list[float] = field(default_factory=list)  # of the model: temperature 1, no filter
     finished: bool = False
 
 
 @torch.no_grad()
-def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int, stop: set[int], temperature: float = 1.0,
-             top_p: float = 1.0, top_k: int = 0, seed: int = 0, slots: int | None = None,
-             take: Callable[[], int] | None = None, at_once: int | None = None) -> list[Rollout]:
-    """Sample n answers to every prompt; prompt i's answers are adjacent, at i * n ... i * n + n - 1.
+def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int, stop: set[int],
+             temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0,
+             slots: int | None = None) -> list[Rollout]:
+    """Sample n answers to every prompt; those of prompt i are at i * n ... i * n + n - 1.
 
-    temperature 0 is greedy decoding. top_p and top_k (0: off) restrict what is drawn, never the log-probs that are returned.
-    slots: answers that decode at once; by default as many as a part of the free memory holds, at most MAX_SLOTS.
-    take: where several processes share the prompts: each call gives the next number of a counter that they share. A process
-    takes one whenever it has a free slot and nothing to fill it with; answers to what others took stay empty. at_once: how
-    many answers a process may hold at a time, so that the first one does not take them all.
-    Raises ValueError for an empty prompt, for one that leaves no room for max_new_tokens within the model's positions, for
-    slots that do not fit into memory, and for logits that are not finite.
+    temperature 0 is greedy decoding. top_p and top_k (0: off) restrict what is drawn, never the
+    log-probs that are returned. slots: how many answers decode at once; by default as many as a
+    part of the free memory holds, at most MAX_SLOTS.
+    Raises ValueError for an empty prompt, for one that leaves no room for max_new_tokens within the
+    model's positions, for slots that do not fit into memory, and for logits that are not finite.
     """
-    if n < 1 or max_new_tokens < 1:
-        raise ValueError(f"generate needs n >= 1 and max_new_tokens >= 1, got n = {n} and max_new_tokens = {max_new_tokens}")
+    sizes = n, max_new_tokens, 1 if slots is None else slots
+    if min(sizes) < 1:
+        raise ValueError(f"n, max_new_tokens and slots must be at least 1, not {sizes}")
+    filters = temperature, top_p, top_k
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(f"generate needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0, got {temperature}, {top_p}, {top_k}")
+        raise ValueError("temperature, top_p and top_k must be in [0, inf), (0, 1] and [0, inf), "
+                         f"not {filters}")
+    longest = model.config.max_length - max_new_tokens
+    for i, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= longest:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens: it must have 1 to {longest}, "
+                             f"so that {max_new_tokens} new ones fit into the model's positions")
     if not prompts:
         return []
-    positions = model.config.max_length
-    for i, prompt in enumerate(prompts):
-        if not prompt or len(prompt) + max_new_tokens > positions:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens: it must have at least one, and leave room for "
-                             f"{max_new_tokens} new ones within the model's {positions} positions")
-    filters = temperature, top_p, top_k
-    wanted = min(len(prompts) * n, at_once or len(prompts) * n)
-    decoder, slots = decoder_for(model, max(map(len, prompts)) + max_new_tokens, wanted, slots)
-
-    answers = [Rollout(i) for i in range(len(prompts)) for _ in range(n)]
-    keys = answer_keys(prompts, n, seed)  # (answers,) one hash stream each
-    queue = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # read from the end: packs of like length, long first
-    waiting, left = ([], True) if take else (queue, False)  # left: there may be more to take
-    pack, ready = None, []  # the prompts read last: [(row in pack, answer)], taken from the end
-    running: list[int] = []  # row -> answer
-    lengths: list[int] = []  # row -> tokens in the cache
-    tokens: list[int] = []  # row -> its newest token, not yet in the cache
+    row_length = max(map(len, prompts)) + max_new_tokens
     bar = tqdm(desc="rollout", unit="tok", delay=3, leave=False, smoothing=0.1)
 
-    def uniform(of: list[int]) -> np.ndarray:
-        return uniforms(keys[of], np.array([len(answers[a].tokens) for a in of], dtype=np.uint64))
-
-    def record(of: list[int], drawn: Tensor) -> list[bool]:
-        """Append what was drawn, (rows, 2): token and log-prob, to these answers. Returns which of them go on."""
-        drawn = drawn.cpu().numpy()
-        if np.isnan(drawn).any():
-            raise ValueError("the model's logits are not finite: its weights hold NaN or infinity, or have diverged")
-        for a, token, logprob in zip(of, drawn[:, 0].astype(int).tolist(), drawn[:, 1].tolist()):
-            answers[a].tokens.append(token)
-            answers[a].logprobs.append(logprob)
-            answers[a].finished = token in stop
-        bar.update(len(of))
-        return [not answers[a].finished and len(answers[a].tokens) < max_new_tokens for a in of]
-
-    with model.packed() if packing(model) else contextlib.nullcontext():
-        while running or ready or waiting or left:
-            # 1. fill free rows: an answer's first token comes from its prompt's last logits; if it goes on, the prompt's keys
-            #    and values are copied into a row of its own
-            while len(running) < slots and (ready or waiting or left):
-                while left and not ready and len(waiting) * n < slots - len(running):
-                    k = take()
-                    left = k < len(queue)
-                    if left:
-                        waiting.insert(0, queue[-1 - k])
-                if not ready and not waiting:
-                    break
-                if not ready:
-                    pack, logits, ready = read_prompts(model, prompts, waiting, n)
-                begun = [ready.pop() for _ in range(min(len(ready), slots - len(running)))]
-                new = [a for _, a in begun]
-                drawn = draw(logits[[row for row, _ in begun]], torch.from_numpy(uniform(new)).to(logits.device), *filters,
-                             decoder.scratch[:len(new)])
-                for (row, a), goes_on in zip(begun, record(new, torch.stack([part.double() for part in drawn], 1))):
-                    if goes_on:
-                        length = len(prompts[answers[a].prompt])
-                        decoder.cache.copy(slice(len(running), len(running) + 1), pack, row, length)
+    with bar, packed_if_it_fits(model):
+        decoder, slots = decoder_for(model, row_length, len(prompts) * n, slots)
+        answers = Answers(prompts, n, max_new_tokens, stop, seed, bar)
+        # Popped from the end, so long prompts are prefilled first, in batches of equal width.
+        unread = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        startable = []  # [(row of `prefilled`, answer)]
+        running = []  # row of the decoder's cache -> answer
+        while unread or startable or running:
+            # 1. Fill the free rows. An answer's first token comes from its prompt's last logits.
+            #    If it goes on, it gets a copy of the prompt's keys and values in a row of its own.
+            while len(running) < slots and (unread or startable):
+                if not startable:
+                    prefilled, logits, startable = prefill(model, prompts, unread, n)
+                free = slots - len(running)
+                started, startable = startable[:free], startable[free:]
+                rows, new = map(list, zip(*started))
+                uniform = torch.from_numpy(uniforms(answers.keys[new], 0)).to(logits.device)
+                answers.record(new, draw(logits[rows], uniform, *filters))
+                for row, a in started:
+                    if a not in answers.ended:
+                        end = len(running)
+                        decoder.cache.copy(slice(end, end + 1), prefilled, row, answers.cached[a])
                         running.append(a)
-                        lengths.append(length)
-                        tokens.append(answers[a].tokens[-1])
-            bar.set_postfix(live=len(running), queued=len(ready) + n * len(waiting), refresh=False)
+            queued = len(startable) + n * len(unread)
+            bar.set_postfix(live=len(running), queued=queued, refresh=False)
             if not running:
                 continue
 
-            # 2. one token for every row
-            goes_on = record(running, decoder(model, tokens, lengths, uniform(running), filters))
-            lengths = [length + 1 for length in lengths]
-            tokens = [answers[a].tokens[-1] for a in running]
+            # 2. Draw one token for every row.
+            answers.record(running, decoder(model, answers.inputs(running), filters))
 
-            # 3. close the gaps: the last row moves into each that has ended
-            for row in reversed([row for row, on in enumerate(goes_on) if not on]):
-                a, length, token = running.pop(), lengths.pop(), tokens.pop()
-                if row < len(running):
-                    decoder.cache.copy(slice(row, row + 1), decoder.cache, len(running), length)
-                    running[row], lengths[row], tokens[row] = a, length, token
-    bar.close()
-    return answers
+            # 3. Close the gaps: the last row moves into each row whose answer has ended.
+            for row in reversed(range(len(running))):
+                if running[row] in answers.ended:
+                    last = running.pop()
+                    if row < len(running):
+                        cache, length = decoder.cache, answers.cached[last]
+                        cache.copy(slice(row, row + 1), cache, len(running), length)
+                        running[row] = last
+    return answers.rollouts
+
+
+class Answers:
+    """The rollouts of one call. Answer a is rollouts[a]; `some` is a list of such indices."""
+    def __init__(self, prompts, n: int, max_new_tokens: int, stop: set[int], seed: int, bar: tqdm):
+        self.max_new_tokens, self.stop, self.bar = max_new_tokens, stop, bar
+        self.rollouts = [Rollout(i) for i in range(len(prompts)) for _ in range(n)]
+        self.keys = answer_keys(prompts, n, seed)
+        cached = [len(prompt) - 1 for prompt in prompts]
+        self.cached = np.repeat(cached, n)  # tokens in the cache: all but the newest
+        self.ended = set()
+
+    def inputs(self, some: list[int]) -> np.ndarray:
+        """(rows, 3) float64: newest token, tokens in the cache, uniform number."""
+        rollouts = [self.rollouts[a] for a in some]
+        newest = [rollout.tokens[-1] for rollout in rollouts]
+        positions = np.array([len(rollout.tokens) for rollout in rollouts], dtype=np.uint64)
+        uniform = uniforms(self.keys[some], positions)
+        return np.stack([newest, self.cached[some], uniform], 1)
+
+    def record(self, some: list[int], drawn: Tensor) -> None:
+        """Append to each what was drawn, (rows, 2): token and log-prob."""
+        for a, (token, logprob) in zip(some, drawn.tolist()):
+            if math.isnan(logprob):
+                raise ValueError("the model's logits are not finite: its weights hold NaN or "
+                                 "infinity, or have diverged")
+            rollout = self.rollouts[a]
+            rollout.tokens.append(int(token))
+            rollout.logprobs.append(logprob)
+            rollout.finished = token in self.stop
+            if rollout.finished or len(rollout.tokens) == self.max_new_tokens:
+                self.ended.add(a)
+            self.cached[a] += 1
+        self.bar.update(len(some))
+
+
+def prefill(model, prompts: list[list[int]], unread: list[int], n: int):
+    """Prefill the next prompts of `unread`, taken off its end, as one batch of equal width.
+
+    Its width depends on the prompt alone, since attention rounds differently at other widths.
+    Returns the cache, the logits after each prompt (rows, V), and the answers to start from them:
+    [(row, answer)].
+    """
+    def width_of(i: int) -> int:
+        return round_up(len(prompts[i]), PROMPT_STEP)
+
+    batch = [unread.pop()]
+    width = width_of(batch[0])
+    while unread and width_of(unread[-1]) == width and (len(batch) + 1) * width <= PREFILL_TOKENS:
+        batch.append(unread.pop())
+    padded = [prompts[i] + [0] * (width - len(prompts[i])) for i in batch]
+    weight = model.unembedding
+    cache = KVCache(model.config, len(batch), width, dtype=weight.dtype, device=weight.device)
+    hidden = model(torch.tensor(padded, device=weight.device), cache)  # (rows, width, D)
+    rows, ends = list(range(len(batch))), [len(prompts[i]) - 1 for i in batch]
+    startable = [(row, batch[row] * n + k) for row in rows for k in range(n)]
+    return cache, model.logits(hidden[rows, ends]), startable
 
 
 # ---- a decoding step ----
@@ -144,250 +177,200 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
 class Decoder:
     """Draws one token for every running row, over tensors that stay where they are.
 
-    cache: keys and values of `slots` rows of up to `room` tokens. inputs (slots, 3): a row's newest token, its length before
-    that token, its uniform number. outputs (slots, 2): the token drawn and its log-prob. Both float64, which holds such
-    integers exactly, so that a step needs one transfer each way. What a step computes depends on these alone: it can be
-    repeated, with more rows (whose results nobody reads) or a longer span (which is masked) than there are.
+    inputs (slots, 3): a row's newest token, the tokens in its cache before that, its uniform
+    number. float64 holds all three exactly, so a step needs one transfer. Its result depends on
+    inputs and cache alone: spare rows are not read, and a longer span is masked.
 
-    On a GPU a step is a thousand kernels of a few microseconds, more than Python can launch in time. So rows and span are
-    rounded up to a few sizes (`bucket`), and each is captured as a CUDA graph when it first comes and replayed from then on.
+    On a GPU a step is about a thousand kernels of a few microseconds, more than Python can launch
+    in time. So rows and span are rounded up to a few sizes (`step_size`). Each is captured as a
+    CUDA graph when it first occurs, and replayed from then on.
     """
-    def __init__(self, model, slots: int, room: int, bucketed: bool):
-        self.device = model.unembedding.device
-        self.slots, self.room = bucket(slots, room) if bucketed else (slots, -(-room // 16) * 16)
-        self.bucketed = bucketed
-        self.cache = KVCache(model.config, self.slots, self.room, dtype=model.unembedding.dtype, device=self.device)
-        self.scratch = torch.zeros(self.slots, -(-len(model.unembedding) // BLOCK) * BLOCK, device=self.device)
-        self.inputs = torch.zeros(self.slots, 3, dtype=torch.float64, device=self.device)
-        self.outputs = torch.zeros(self.slots, 2, dtype=torch.float64, device=self.device)
-        self.staged = self.inputs
-        self.graphs = None  # (rows, span, filters) -> CUDA graph
-        if bucketed and self.device.type == "cuda":
-            self.staged = torch.zeros(self.slots, 3, dtype=torch.float64, pin_memory=True)
-            self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
-            self.weights = addresses(model)
+    def __init__(self, model, max_rows: int, slots: int, row_length: int):
+        weight, device = model.unembedding, model.unembedding.device
+        self.max_rows, self.use_graphs = max_rows, weight.is_cuda
+        self.slots, length = step_size(slots, row_length, self.use_graphs)
+        self.cache = KVCache(model.config, self.slots, length, dtype=weight.dtype, device=device)
+        self.inputs = torch.zeros(self.slots, 3, dtype=torch.float64, device=device)
+        self.weights = addresses(model)
+        self.graphs = {}  # (rows, span, filters) -> CUDA graph, its result
+        self.pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
 
-    def __call__(self, model, tokens: list[int], lengths: list[int], uniform: np.ndarray, filters: tuple) -> Tensor:
-        """Row r: its newest token, the tokens in the cache before it, its uniform number -> outputs (rows, 2).
-        filters: temperature, top_p, top_k."""
-        rows, span = len(tokens), max(lengths) + 1
-        self.staged[:rows] = torch.from_numpy(np.stack([tokens, lengths, uniform], 1))
-        used, span = bucket(rows, span) if self.bucketed else (rows, span)
-        self.staged[rows:used] = 0  # token 0 at position 0 of a free row
-        if self.staged is not self.inputs:
-            self.inputs[:used].copy_(self.staged[:used], non_blocking=True)  # next changed after outputs have been read
-        if self.graphs is None:
-            self.step(model, used, span, filters)
+    def __call__(self, model, inputs: np.ndarray, filters: tuple) -> Tensor:
+        """inputs (rows, 3) -> (rows, 2), as `draw`. filters: temperature, top_p, top_k."""
+        running, longest = len(inputs), int(inputs[:, 1].max())
+        rows, span = step_size(running, longest + 1, self.use_graphs)
+        padded = np.zeros((rows, 3))  # a spare row: token 0 at position 0
+        padded[:running] = inputs
+        self.inputs[:rows] = torch.from_numpy(padded)
+        size = rows, span, filters
+        if size in self.graphs:
+            graph, drawn = self.graphs[size]
+            graph.replay()
         else:
-            self.replay(model, used, span, filters)
-        return self.outputs[:rows]
+            drawn = self.step(model, *size)
+            if self.use_graphs:
+                self.capture(model, *size)
+        return drawn[:running]
 
-    def step(self, model, rows: int, span: int, filters: tuple) -> None:
-        """From inputs[:rows] to outputs[:rows], attending to `span` positions, of which each row masks those beyond its own.
-        Nothing in here waits for the device."""
+    def step(self, model, rows: int, span: int, filters: tuple) -> Tensor:
+        """inputs[:rows] -> (rows, 2). A row masks the positions of `span` beyond its own."""
         token, length, uniform = self.inputs[:rows].unbind(1)
         self.cache.lengths[:rows] = length
         self.cache.longest = span - 1
         hidden = model(token.long()[:, None], self.cache)[:, 0]  # (rows, D)
-        token, logprob = draw(model.logits(hidden), uniform, *filters, self.scratch[:rows])
-        self.outputs[:rows, 0] = token
-        self.outputs[:rows, 1] = logprob
+        return draw(model.logits(hidden), uniform, *filters)
 
-    def replay(self, model, rows: int, span: int, filters: tuple) -> None:
-        """The same by its graph. Where capturing fails, this and all later steps run without, and a note says so."""
-        key = rows, span, filters
-        if key not in self.graphs:
-            try:
-                self.graphs[key] = self.capture(model, rows, span, filters)
-            except RuntimeError as error:
-                print(f"note: decoding runs without CUDA graphs, slower: {str(error).splitlines()[0]}", file=sys.stderr)
-                self.graphs = None
-                return self.step(model, rows, span, filters)
-        self.graphs[key].replay()
-
-    def capture(self, model, rows: int, span: int, filters: tuple) -> torch.cuda.CUDAGraph:
-        with torch.cuda.device(self.device):
-            here, side = torch.cuda.current_stream(), torch.cuda.Stream()
-            side.wait_stream(here)
-            with torch.cuda.stream(side):
-                self.step(model, rows, span, filters)  # once without: libraries choose kernels and make their workspaces
-            here.wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):  # records, runs nothing; one pool, as graphs never overlap
-                self.step(model, rows, span, filters)
-        return graph
+    def capture(self, model, rows: int, span: int, filters: tuple) -> None:
+        """Record a step without running it. It must have run before, so that the libraries have
+        chosen their kernels. On failure print a note; this decoder goes on without graphs."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.device(self.inputs.device), torch.cuda.graph(graph, self.pool):
+                drawn = self.step(model, rows, span, filters)
+        except RuntimeError as error:
+            print(f"note: no CUDA graphs, slower: {one_line(error)}", file=sys.stderr)
+            self.use_graphs, self.graphs = False, {}
+        else:
+            self.graphs[rows, span, filters] = graph, drawn
 
 
-kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> the Decoder whose graphs read its weights
+def step_size(rows: int, length: int, use_graphs: bool) -> tuple[int, int]:
+    """The rows and the span that a step computes. For graphs rows become 2^k or 3 * 2^k: spare rows
+    cost little, because the weights are read once for all."""
+    if not use_graphs:
+        return rows, round_up(length, ATTENTION_STEP)
+    power = 2 ** (rows - 1).bit_length()
+    between = power * 3 // 4
+    return between if rows <= between else power, round_up(length, GRAPH_STEP)
 
 
-def decoder_for(model, room: int, wanted: int, slots: int | None) -> tuple[Decoder, int]:
-    """A decoder for answers of up to `room` tokens, prompt included, and how many of its rows to use.
+decoders = weakref.WeakKeyDictionary()  # model -> its Decoder
 
-    On a CPU its memory is given back with it. On a GPU the model keeps it, cache and graphs, for the next call: graphs hold
-    addresses, of the weights too, which stay valid as long as training writes in place (runtime.refresh, optimizers)."""
-    old = kept.get(model)
-    if old and old.weights != addresses(model):
-        old = None
-    slots = choose_slots(model, max(room, old.room) if old and not slots else room, wanted, slots, old)
-    if old and room <= old.room and slots <= old.slots:
-        return old, slots
-    old = None
-    kept.pop(model, None)  # before the next one is allocated
-    decoder = Decoder(model, slots, room, uses_graphs(model, room))
-    if decoder.graphs is not None:
-        kept[model] = decoder
-    return decoder, slots
+
+def decoder_for(model, row_length: int, rows: int, slots: int | None) -> tuple[Decoder, int]:
+    """A decoder for `rows` answers of up to `row_length` tokens, and the slots of it to use.
+
+    On a GPU the model keeps it, with its graphs, for the next call. Graphs hold addresses, those of
+    the weights too. These stay valid while training writes in place, as optimizers do.
+    """
+    max_rows = min(rows, slots or MAX_SLOTS)
+    decoder = decoders.pop(model, None)
+    fits = decoder and max_rows <= decoder.max_rows and row_length <= decoder.cache.max_length
+    if not fits or decoder.weights != addresses(model):
+        decoder = None  # frees its memory before the next one is allocated
+        count = choose_slots(model, row_length, max_rows, slots)
+        decoder = Decoder(model, max_rows, count, row_length)
+    if model.unembedding.is_cuda:
+        decoders[model] = decoder
+    return decoder, min(max_rows, decoder.slots)
 
 
 def addresses(model) -> list[int]:
     return [p.data_ptr() for p in model.parameters()]
 
 
-def uses_graphs(model, room: int) -> bool:
-    """On a GPU, but not where a row may cross Phi-3.5's rope switch: that step reads the row anew, which no graph can."""
-    switch = model.config.rope_switch
-    return model.unembedding.is_cuda and (switch is None or bucket(1, room)[1] <= switch)
+def choose_slots(model, row_length: int, max_rows: int, slots: int | None) -> int:
+    """How many rows decode at once: max_rows if `slots` were asked for, else what half of the free
+    memory holds; a quarter on a GPU, where the decoder stays."""
+    c, weight = model.config, model.unembedding
+    cached = 2 * c.layers * c.kv_heads * c.head_dim * row_length * weight.itemsize
+    row = cached + 16 * c.vocab_size  # bytes, with the logits and what is made of them
+    free, part = available_memory(), 2
+    if weight.is_cuda:
+        torch.cuda.empty_cache()  # of what PyTorch holds and does not use
+        free, part = torch.cuda.mem_get_info(weight.device)[0], 4
+    needed = max_rows if slots else 1
+    if needed * row > free:
+        raise ValueError(f"{needed} slots of {row_length} tokens need {needed * row / 2**30:.1f} "
+                         f"GiB of KV cache and logits, but only {free / 2**30:.1f} GiB are free: "
+                         "ask for fewer slots or tokens")
+    return max_rows if slots else max(1, min(max_rows, free // part // row))
 
 
-def bucket(rows: int, length: int) -> tuple[int, int]:
-    """The sizes of a captured step: rows up to 2^k or 3 * 2^k (rows to spare cost little, the weights are read but once),
-    length in steps of LENGTH_STEP."""
-    power = 2 ** (rows - 1).bit_length()
-    return power * 3 // 4 if 3 < power and rows <= power * 3 // 4 else power, -(-length // LENGTH_STEP) * LENGTH_STEP
+def packed_if_it_fits(model):
+    """model.packed(), unless the copies would take more than half of the free memory."""
+    copies = sum(p.nbytes for p in model.parameters())
+    return model.packed() if copies < available_memory() // 2 else contextlib.nullcontext()
 
 
-# ---- prompts and memory ----
-
-
-def padded(prompt: list[int]) -> int:
-    """The width at which a prompt is read. It depends on nothing else, since attention rounds otherwise at other widths."""
-    return -(-len(prompt) // 32) * 32
-
-
-def read_prompts(model, prompts: list[list[int]], waiting: list[int], n: int):
-    """Prefill the next prompts of `waiting` (taken off its end) as one right-padded pack of about PREFILL_TOKENS.
-
-    Returns the pack's cache, the logits that follow every prompt (rows, V), and the answers to be sampled from them:
-    [(row, answer)] in reverse order."""
-    device = model.unembedding.device
-    width = padded(prompts[waiting[-1]])
-    taken = [waiting.pop()]
-    while waiting and padded(prompts[waiting[-1]]) == width and (len(taken) + 1) * width <= PREFILL_TOKENS:
-        taken.append(waiting.pop())
-    lengths = torch.tensor([len(prompts[i]) for i in taken], device=device)
-    tokens = torch.tensor([prompts[i] + [0] * (width - len(prompts[i])) for i in taken], device=device)  # (rows, width)
-    pack = KVCache(model.config, len(taken), width, dtype=model.unembedding.dtype, device=device)
-    hidden = model(tokens, pack)  # (rows, width, D)
-    last = hidden[torch.arange(len(taken), device=device), lengths - 1]  # (rows, D)
-    return pack, model.logits(last), [(row, i * n + sample) for row, i in enumerate(taken) for sample in range(n)][::-1]
-
-
-def choose_slots(model, room: int, wanted: int, slots: int | None, old: Decoder | None = None) -> int:
-    """How many answers of `room` tokens decode at once: what is asked for if it fits, else what a part of the free memory
-    holds: half on a CPU; a quarter on a GPU, which keeps it between calls. What `old` holds will be free."""
-    if slots is not None and slots < 1:
-        raise ValueError(f"slots must be at least 1, got {slots}")
-    c, device, size = model.config, model.unembedding.device, model.unembedding.dtype.itemsize
-    per_slot = 2 * c.layers * c.kv_heads * c.head_dim * room * size + 16 * c.vocab_size  # logits and what is made of them
-    if device.type == "cuda":  # what PyTorch holds and does not use is free as well
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free += old.cache.kv.nbytes + old.scratch.nbytes if old else 0
-    else:
-        free = available_memory() - packing(model)
-    asked = min(wanted, slots or 1)
-    if asked * per_slot > free:
-        raise ValueError(f"{asked} slots of {room} tokens need {asked * per_slot / 2**30:.1f} GiB of KV cache and logits, but only "
-                         f"{free / 2**30:.1f} GiB are free: ask for fewer slots or tokens")
-    part = 4 if device.type == "cuda" else 2
-    return int(min(wanted, slots or max(1, min(free // part // per_slot, MAX_SLOTS))))
-
-
-def packing(model) -> int:
-    """Bytes that GPT.packed will take, 0 where they would be more than half of the free memory: then it is left out."""
-    weights = sum(p.nbytes for p in model.parameters())
-    return weights if weights < available_memory() // 2 else 0
-
-
-def available_memory() -> int:
-    """Bytes of memory that can be had without swapping, for each of torchrun's processes; a terabyte where the system does not
-    tell."""
-    try:
-        with open("/proc/meminfo") as lines:
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        free = 2**40
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+# ---- the draw ----
 
 
 def answer_keys(prompts: list[list[int]], n: int, seed: int) -> np.ndarray:
-    """(len(prompts) * n,) uint64: where each answer's stream of uniforms starts. A prompt that comes again in the same call
-    counts its occurrences, so that it gets other answers."""
-    seen: dict[tuple[int, ...], int] = {}
-    keys = []
+    """(len(prompts) * n,) uint64: the key of each answer's stream of uniforms. It counts a prompt's
+    occurrences in the call, so that a repeated one gets new answers."""
+    seen = Counter()
+    digests = []
     for prompt in map(tuple, prompts):
-        occurrence = seen[prompt] = seen.get(prompt, -1) + 1
-        head = hashlib.blake2b(repr((seed, occurrence, prompt)).encode(), digest_size=16)
+        text = repr((seed, seen[prompt], prompt))
+        seen[prompt] += 1
         for sample in range(n):
-            digest = head.copy()
-            digest.update(b"%d" % sample)
-            keys.append(int.from_bytes(digest.digest()[:8], "little"))
-    return np.array(keys, dtype=np.uint64)
+            digest = hashlib.blake2b(f"{text}{sample}".encode(), digest_size=16).digest()
+            digests.append(digest[:8])
+    return np.frombuffer(b"".join(digests), dtype="<u8")
 
 
-def uniforms(keys: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """(rows,) float64 in [0, 1): SplitMix64 (Steele et al. 2014) of each key at its position, 53 bits of it."""
-    x = keys + (position + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # wraps around, as meant
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def uniforms(keys: np.ndarray, position: np.ndarray | int) -> np.ndarray:
+    """(rows,) float64 in [0, 1): 53 bits of SplitMix64 (Steele et al. 2014) of key and position."""
+    x = keys + (position + 1) * 0x9E3779B97F4A7C15  # meant to overflow
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return ((x ^ (x >> 31)) >> 11).astype(np.float64) * 2.0**-53
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """The token at which `uniform` falls in each row's cumulative distribution, and its log-prob under the plain softmax.
+def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float,
+         top_k: int) -> Tensor:
+    """The token at which `uniform` falls in each row's cumulative distribution, and its log-prob.
 
-    logits (rows, V) float32, uniform (rows,) float64, scratch (rows, V rounded up to BLOCK) float32 whose columns beyond V
-    are zero. Returns token (rows,) int64 and logprob (rows,) float32.
-    The cumulative sum has two levels, blocks of BLOCK tokens and then tokens, both in float64: a running float32 sum over a
-    vocabulary would lose tokens of probability 1e-6, and a full float64 one costs as much as the forward of a small model.
+    logits (rows, V) float32, uniform (rows,) float64 -> (rows, 2) float32: token (exact: V is below
+    2^24) and its log-prob under the plain softmax.
+    The cumulative sum has two levels, blocks of BLOCK tokens and then tokens, both in float64. A
+    running float32 sum would lose tokens of probability 1e-6. A running float64 one over all of V
+    costs as much as the forward of a small model.
     """
-    rows, V = logits.shape
-    peak = logits.amax(-1, keepdim=True)  # (rows, 1)
-    weights = scratch[:, :V]
-    torch.sub(logits, peak, out=weights).exp_()
-    blocks = scratch.view(rows, -1, BLOCK)
-    sums = blocks.sum(-1, dtype=torch.float64)  # (rows, blocks)
-    logsumexp = peak[:, 0] + sums.sum(-1).log().float()
+    peak = logits.amax(-1, True)  # (rows, 1)
+    weights, sums = exp_in_blocks(logits, peak)
+    logsumexp = peak + sums.sum(-1, True).log().float()  # (rows, 1)
     if temperature == 0:
-        token = logits.argmax(-1)
+        token = logits.argmax(-1, True)
     else:
         if temperature != 1 or top_p < 1 or top_k:
             scaled = filter_logits(logits / temperature, top_p, top_k)
-            torch.sub(scaled, scaled.max(-1, keepdim=True).values, out=weights).exp_()
-            sums = blocks.sum(-1, dtype=torch.float64)
+            weights, sums = exp_in_blocks(scaled, scaled.amax(-1, True))
         cumulative = sums.cumsum(-1)  # (rows, blocks)
         target = uniform[:, None] * cumulative[:, -1:]  # (rows, 1)
         block = first_above(cumulative, target)  # (rows, 1)
         target = target - (cumulative - sums).gather(1, block)
-        inside = blocks[torch.arange(rows, device=logits.device), block[:, 0]].cumsum(-1, dtype=torch.float64)  # (rows, BLOCK)
-        token = (block * BLOCK + first_above(inside, target))[:, 0]
-    return token, logits.gather(1, token[:, None])[:, 0] - logsumexp
+        inside = weights.take_along_dim(block[:, :, None], 1)[:, 0]  # (rows, BLOCK)
+        inside = inside.cumsum(-1, dtype=torch.float64)
+        token = block * BLOCK + first_above(inside, target)  # (rows, 1)
+    return torch.cat([token, logits.gather(1, token) - logsumexp], 1)
+
+
+def exp_in_blocks(logits: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(logits - peak), (rows, V) -> (rows, blocks, BLOCK), and each block's sum in float64."""
+    rows, V = logits.shape
+    weights = logits.new_zeros(rows, round_up(V, BLOCK))
+    torch.sub(logits, peak, out=weights[:, :V]).exp_()
+    blocks = weights.view(rows, -1, BLOCK)
+    return blocks, blocks.sum(-1, dtype=torch.float64)
 
 
 def first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """(rows, 1): the first index whose cumulative sum exceeds the target. Rounding can leave a target at or beyond the last
-    sum; it is then the last entry that has any weight."""
+    """(rows, 1): the first index whose cumulative sum exceeds the target, or the last one with any
+    weight if rounding left the target at or beyond the last sum."""
     target = torch.minimum(target, cumulative[:, -1:] * (1 - 2.0**-52)).clamp_min(0)
     return (cumulative <= target).sum(-1, keepdim=True)
 
 
 def filter_logits(logits: Tensor, top_p: float, top_k: int) -> Tensor:
-    """-inf for all but the top_k likeliest tokens (0: all), then for what lies outside the smallest set with mass >= top_p."""
+    """-inf for all but the top_k likeliest tokens (0: all), then for all outside the smallest set
+    with mass >= top_p."""
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
-    drop = torch.zeros_like(ranked, dtype=torch.bool)
     if top_k:
-        drop[:, top_k:] = True
+        ranked[:, top_k:] = -torch.inf
     if top_p < 1:
-        probs = ranked.masked_fill(drop, -torch.inf).double().softmax(-1)
-        drop |= probs.cumsum(-1) - probs >= top_p  # mass of the likelier ones already suffices
-    return logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
+        probs = ranked.double().softmax(-1)
+        enough = probs.cumsum(-1) - probs >= top_p  # the likelier tokens have this mass
+        ranked.masked_fill_(enough, -torch.inf)
+    return torch.empty_like(logits).scatter(1, order, ranked)

@@ -1,223 +1,203 @@
-"""SA-GRPO: group-relative policy optimisation with self-aligned reward (arXiv 2509.05489), the whole algorithm in one file.
+"""SA-GRPO: group-relative policy optimisation with self-aligned reward (arXiv 2509.05489).
 
-    python train_sa_grpo.py                                  # the embedded model on two CPU cores, a few minutes
-    python train_sa_grpo.py --reward vr                      # plain GRPO: the same without R_SA; more rivals in --help
-    python train_sa_grpo.py --model qwen-1.5b                # the paper's settings
-    python train_sa_grpo.py --run NAME --resume              # go on after a stop or a kill
+    python train_sa_grpo.py                          # the embedded model on two cores, 5 minutes
+    python train_sa_grpo.py --reward vr              # plain GRPO: without R_SA; more in --help
+    python train_sa_grpo.py --model qwen-1.5b        # the paper's settings
+    python train_sa_grpo.py --name NAME --resume     # go on after a stop or a kill
 
-Every step: sample n answers to each of P questions; score each answer with its question, without it, and under the frozen
-start; reward R = R_VR + alpha R_SA; advantage = reward minus the group's mean; then an optimizer step per minibatch on
+Every step: sample n answers to each of P questions; score each answer with its question, without
+it, and under the frozen start; reward R = R_VR + alpha R_SA; advantage = reward minus the group's
+mean; then an optimizer step per minibatch of questions on
 
-    mean over answers of  (1 / max_new_tokens) * sum over tokens of  [ clipped policy loss + kl_coef * k3 ]
+    mean over answers of  1 / max_new_tokens * sum over tokens of  [ policy loss + kl_coef * k3 ]
 
-As in Dr. GRPO there is no division by the group's deviation nor by the answer's own length: neither easy questions nor short
-answers weigh more. Letters: P questions, n answers each, N = P * n answers, L tokens of all answers of a micro-batch together.
+As in Dr. GRPO there is no division by the group's deviation nor by the answer's own length: neither
+easy questions nor short answers weigh more.
+Letters: P questions, n answers each, N = P * n answers, L tokens of all answers of a micro-batch.
 """
-import argparse
-import time
-
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-import runtime
 from data.hub import find_model
-from data.prompts import bare_prompt, encode_prompt
+from data.problems import batch_of, training_problems
+from data.prompts import encode_prompt
 from data.tokenizer import Tokenizer
 from evaluate import comparison_table, evaluate
+from kernels import keep_freed_memory
 from model import GPT
-from rollout import generate
-from sar import alpha_at, answer_hidden, answer_logprobs, fused_logprob, micro_batches, perplexity, self_aligned_reward, total_reward
-from verify import STATUSES, judge
+from runtime import parallel, runs, settings
+from runtime.errors import user_errors
+from runtime.parallel import concat
+from sar import alpha_at, self_aligned_reward, total_reward
+from verify import judge
 
-CLIP, DUAL_CLIP, WEIGHT_DECAY, MAX_GRAD_NORM = 0.2, 3.0, 0.01, 1.0  # the paper's public code
+PAPER = dict(  # the paper and its public code
+    data="gsm8k,math,numina",
+    max_prompt_tokens=1024,
+    max_new_tokens=4096,  # also the constant that the loss is divided by
+    reward="sar",
+    alpha=0.2,
+    verifier="strict",
+    steps=500,
+    prompts_per_step=128,  # in two minibatches of 64
+    samples=6,
+    epochs=1,
+    lr=1e-6,
+    kl_coef=0.001,
+    temperature=1.0,
+    seed=0,
+    save_every=50,
+    eval_every=0,
+)
+TINY = PAPER | dict(  # the embedded model
+    data="tiny", max_prompt_tokens=128, max_new_tokens=256, steps=140, prompts_per_step=16,
+    samples=8, lr=8e-5, save_every=70, eval_every=35,
+)
+CLIP, DUAL_CLIP, WEIGHT_DECAY, MAX_GRAD_NORM = 0.2, 3.0, 0.01, 1.0
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """rewards (P, n) -> (P, n): each minus its group's mean, not divided by the deviation (Dr. GRPO, arXiv 2503.20783).
-    A group of equal rewards gets exactly zero, whatever rounding does to its mean."""
+    """rewards (P, n) -> (P, n): each minus its group's mean (Dr. GRPO, arXiv 2503.20783).
+
+    A group of equal rewards gets exactly zero, however its mean is rounded.
+    """
+    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)  # (P, 1)
     centred = rewards - rewards.mean(1, keepdim=True)
-    return torch.where((rewards == rewards[:, :1]).all(1, keepdim=True), torch.zeros_like(centred), centred)
+    return torch.where(equal, torch.zeros_like(centred), centred)
 
 
 def policy_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
-    """PPO's clipped loss (arXiv 1707.06347, eq. 7) with the dual clip of arXiv 1912.09729, eq. 5, for every token.
+    """PPO's clipped loss (arXiv 1707.06347, eq. 7) with the dual clip of arXiv 1912.09729, eq. 5.
 
-    logprob, old_logprob, advantage (L,) -> loss (L,), and clipped (L,): where the clip took the gradient away.
-    A negative advantage costs at most DUAL_CLIP times its size, however much likelier its token has become.
+    logprob, old_logprob, advantage (L,) -> loss (L,), and clipped (L,): the clip took the gradient
+    away. A negative advantage costs at most DUAL_CLIP times its size, however much likelier its
+    token has become.
     """
     ratio = (logprob - old_logprob).exp()
-    plain, bounded = -advantage * ratio, -advantage * ratio.clamp(1 - CLIP, 1 + CLIP)
+    plain = -advantage * ratio
+    bounded = -advantage * ratio.clamp(1 - CLIP, 1 + CLIP)
     loss = torch.maximum(plain, bounded)
     ceiling = -advantage * DUAL_CLIP
     dual = (advantage < 0) & (loss > ceiling)
     return torch.where(dual, ceiling, loss), (bounded > plain) | dual
 
 
-def kl_k3(logprob: Tensor, start_logprob: Tensor) -> Tensor:
-    """(L,) estimate of KL(policy || start) per token: exp(d) - d - 1 with d = log start - log policy, never negative
-    (k3 of J. Schulman, "Approximating KL divergence", 2020)."""
-    d = start_logprob - logprob
+def kl_k3(logprob: Tensor, frozen_logprob: Tensor) -> Tensor:
+    """(L,) estimate of KL(policy || frozen) per token, never negative: exp(d) - d - 1.
+
+    d = log frozen - log policy (k3 of J. Schulman, "Approximating KL divergence", 2020).
+    """
+    d = frozen_logprob - logprob
     return d.exp() - d - 1
 
 
 def main(argv: list[str] | None = None) -> None:
     # ---- settings ----
-    parser = argparse.ArgumentParser(description="Train with SA-GRPO. Defaults are those of the paper (arXiv 2509.05489) and its public code; the embedded "
-                                     "model has its own where it says tiny.")
-    runtime.common_arguments(parser)
-    args = runtime.parse(parser, "grpo", argv)
-    if args.n < 2:
-        raise ValueError(f"--n {args.n}: a group needs at least 2 answers, its mean is the baseline")
-    runtime.prepare_machine()
+    parser = settings.training_parser("Train with SA-GRPO (arXiv 2509.05489).", PAPER, TINY)
+    args = settings.parse(parser, "grpo", argv)
+    if args.samples < 2:
+        raise ValueError(f"--samples {args.samples}: a group needs at least 2 answers, their mean "
+                         "is the baseline")
+    keep_freed_memory()
 
-    # ---- models and data ----
+    # ---- data and models ----
     folder = find_model(args.model)
     tokenizer = Tokenizer.from_pretrained(folder)
-    problems, prompts, held_out = runtime.load_data(args, tokenizer, folder)
-    alone = bare_prompt(tokenizer) if args.alone == "bare" else encode_prompt(tokenizer, "")  # what ppl(a) is conditioned on
-    parameters = runtime.count_parameters(folder)
-    runtime.warn_if_slow(args, parameters)
-    run = runtime.Run(args, "grpo", parameters)
-    shard = runtime.sharding(args)  # None for one process
-    policy = GPT.from_pretrained(run.checkpoint or folder, device=args.device, shard=shard)  # float32 weights, also on a GPU
-    reference = None
+    problems, held_out = training_problems(
+        args.data, tokenizer, folder, max_prompt_tokens=args.max_prompt_tokens,
+        max_new_tokens=args.max_new_tokens, hold_out=args.eval_every > 0,
+        at_least=args.prompts_per_step)
+    no_question = encode_prompt(tokenizer, "")  # what ppl(a) is conditioned on
+    run = runs.Run(args, "grpo", folder)
+    place = dict(device=args.device, shard=parallel.sharding(args),
+                 length=args.max_prompt_tokens + args.max_new_tokens)
+    policy = GPT.from_pretrained(run.checkpoint or folder, **place)  # float32 weights, always
+    frozen = None
     if args.kl_coef:
-        reference = GPT.from_pretrained(folder, dtype=getattr(torch, args.dtype), device=args.device, shard=shard).requires_grad_(False)
-    sampler = runtime.sampler_for(policy, args, GPT)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
+        frozen = GPT.from_pretrained(folder, dtype=getattr(torch, args.dtype), **place)
+        frozen.requires_grad_(False)
+    sampler = parallel.sampler_for(policy, args)
+    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
+                                  fused=True)
     if run.checkpoint:
-        runtime.load_optimizer(run.checkpoint / "optimizer.safetensors", policy, optimizer)
+        runs.load_optimizer(run.checkpoint / "optimizer.safetensors", policy, optimizer)
 
-    def evaluate_now(step: int) -> None:
-        result = evaluate(sampler, tokenizer, held_out, max_new_tokens=args.max_new_tokens, verifier=args.verifier, slots=args.slots)
-        run.log("evals.jsonl", {"step": step, **result})
+    def evaluate_now(steps_done: int) -> None:
+        result = evaluate(sampler, tokenizer, held_out, max_new_tokens=args.max_new_tokens,
+                          verifier=args.verifier, slots=args.slots)
+        run.log("evals.jsonl", {"step": steps_done, **result})
 
     # ---- the loop ----
+    sampling = dict(samples=args.samples, temperature=args.temperature,
+                    max_new_tokens=args.max_new_tokens, slots=args.slots)
     if args.eval_every and run.step == 0:
         evaluate_now(0)
-    title = "SA-GRPO" if args.reward == "sar" else f"GRPO ({args.reward})"
-    bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, desc=title)
-    for step in bar:
-        # 1. sample: n answers to each question
-        began = time.perf_counter()
-        chosen = runtime.batch_of(problems, step, args.prompts_per_step, args.seed)
-        runtime.refresh(sampler, policy)
-        rollouts = runtime.sample(generate, sampler, [prompts[i] for i in chosen], n=args.n, max_new_tokens=args.max_new_tokens,
-                                  stop=tokenizer.stop_ids, temperature=args.temperature, seed=args.seed * 2**32 + step, slots=args.slots)
-        contexts = [prompts[chosen[r.prompt]] for r in rollouts]
-        answers = [r.tokens for r in rollouts]  # N lists
-        sampled = time.perf_counter()
+    for step in run.steps("SA-GRPO" if args.reward == "sar" else f"GRPO ({args.reward})"):
+        # 1. sample n answers to each of P questions
+        questions = batch_of(problems, step, args.prompts_per_step, args.seed)
+        answers = parallel.sample(sampler, tokenizer, questions,
+                                  seed=args.seed * 2**32 + step, **sampling)
+        prompts, tokens = [a.prompt for a in answers], [a.tokens for a in answers]  # N lists each
+        run.lap("sampling")
 
-        # 2. score: log P(a_j | q, a_<j) of policy and start, and log P(a_j | a_<j) of the policy
-        with runtime.autocast(args):
-            both = runtime.score(answer_logprobs, policy, contexts + [alone] * len(answers), answers * 2, args.micro_tokens)
-            old_logprobs, alone_logprobs = both[:len(answers)], both[len(answers):]
-            start_logprobs = old_logprobs
-            if reference:
-                start_logprobs = runtime.score(answer_logprobs, reference, contexts, answers, args.micro_tokens)
+        # 2. score every token: after its question, without it, and under the frozen start
+        both = parallel.score(policy, prompts + [no_question] * len(answers), tokens * 2, args)
+        with_question, without_question = both[:len(answers)], both[len(answers):]  # (len(a),) each
+        start = parallel.score(frozen, prompts, tokens, args) if frozen else with_question
 
-        # 3. reward: R = R_VR + alpha R_SA, or one of its rivals; the advantage within each group
-        texts = [tokenizer.decode(r.tokens[:-1] if r.finished else r.tokens) for r in rollouts]
-        verdicts = [judge(text, problems[chosen[r.prompt]].answer, args.verifier) for text, r in zip(texts, rollouts)]
+        # 3. reward, and its advantage within the group
+        verdicts = [judge(a.text, a.problem.answer, args.verifier) for a in answers]
         r_vr = torch.tensor([v.reward for v in verdicts], dtype=torch.float64)  # (N,)
-        r_sa = self_aligned_reward(old_logprobs, alone_logprobs)  # (N,)
-        lengths = torch.tensor([len(a) for a in answers])  # (N,)
+        r_sa = self_aligned_reward(with_question, without_question)  # (N,)
         alpha = alpha_at(step, args.steps, args.alpha, args.alpha_end)
-        rewards = total_reward(args.reward, r_vr, r_sa, old_logprobs, lengths, alpha=alpha, n=args.n)  # (N,)
-        advantages = group_advantages(rewards.view(-1, args.n))  # (P, n)
-        token_advantages = [a.expand(len(answer)) for a, answer in zip(advantages.flatten(), answers)]  # N of (len(a),)
-        ppl_query = [perplexity(lp).item() for lp in old_logprobs]
-        ppl_alone = [perplexity(lp).item() for lp in alone_logprobs]
+        lengths = torch.tensor([len(t) for t in tokens])  # (N,)
+        rewards = total_reward(args.reward, r_vr, r_sa, with_question, lengths, alpha=alpha,
+                               samples=args.samples)  # (N,)
+        advantages = group_advantages(rewards.view(-1, args.samples))  # (P, n)
+        parallel.note(answers, verdict=verdicts, with_question=with_question,
+                      without_question=without_question, frozen=start, r_sa=r_sa,
+                      reward=rewards, advantage=advantages.flatten())
+        run.lap("scoring")
 
-        def record(i: int) -> dict:
-            """What completions.jsonl says of answer i."""
-            r, verdict, problem = rollouts[i], verdicts[i], problems[chosen[rollouts[i].prompt]]
-            return {"step": step + 1, "question": problem.question, "text": texts[i], "tokens": r.tokens, "reference": problem.answer,
-                    "answer": verdict.answer, "status": verdict.status, "finished": r.finished, "r_vr": r_vr[i].item(),
-                    "r_sa": r_sa[i].item(), "ppl_query": ppl_query[i], "ppl_alone": ppl_alone[i], "reward": rewards[i].item(),
-                    "advantage": advantages.flatten()[i].item()}
-        scored = time.perf_counter()
+        # 4. update: an optimizer step per minibatch of questions
+        means = parallel.Means()
+        for minibatch in parallel.minibatches(answers, args, step):
+            denominator = len(minibatch) * args.max_new_tokens  # of the whole minibatch
+            for micro in parallel.micro_batches(minibatch, args.micro_tokens):
+                old = concat([a.with_question for a in micro], args)  # (L,)
+                start = concat([a.frozen for a in micro], args)  # (L,)
+                advantage = concat([a.advantage.expand(len(a.tokens)) for a in micro], args)
+                logprob, entropy = parallel.score_with_gradient(policy, micro, args)  # (L,) each
+                token_loss, clipped = policy_loss(logprob, old, advantage.to(old))
+                kl = kl_k3(logprob, start)
+                if args.kl_coef:
+                    token_loss = token_loss + args.kl_coef * kl
+                loss = token_loss.sum() / denominator
+                run.must_be_finite("loss", loss, micro)
+                loss.backward()
+                means.add(loss=loss, kl=kl, entropy=entropy, clipped=clipped, drift=logprob - old)
+            grad_norm = parallel.clip_gradients(policy, MAX_GRAD_NORM)
+            run.must_be_finite("gradient", grad_norm, minibatch)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            means.add(grad_norm=grad_norm)
+        parallel.copy_weights_to(sampler, policy)
+        run.lap("update")
 
-        # 4. update: one optimizer step per minibatch of questions
-        totals = {"entropy": 0.0, "kl": 0.0, "clipped": 0.0, "tokens": 0, "ratio_max": 0.0, "loss": 0.0, "grad_norm": []}
-        for epoch in range(args.epochs):
-            order = runtime.shuffled(args.prompts_per_step, f"{args.seed} {step} {epoch}")
-            for first in range(0, args.prompts_per_step, args.minibatch):
-                members = [g * args.n + k for g in order[first:first + args.minibatch] for k in range(args.n)]
-                denominator = args.minibatch * args.n * args.max_new_tokens  # of the whole minibatch, not of a micro-batch
-                for cut in micro_batches([len(contexts[i]) + len(answers[i]) for i in members], args.micro_tokens,
-                                         runtime.processes(), policy.config.rope_switch):
-                    micro = [members[k] for k in cut]
-                    old = runtime.pick(old_logprobs, micro, args.device)  # (L,)
-                    start = runtime.pick(start_logprobs, micro, args.device)  # (L,)
-                    advantage = runtime.pick(token_advantages, micro, args.device).to(old)  # (L,)
-                    with runtime.autocast(args):
-                        hidden, targets = answer_hidden(policy, [contexts[i] for i in micro], [answers[i] for i in micro])
-                        logprob, entropy = fused_logprob(hidden, policy.unembedding, targets)  # (L,) each
-                    token_loss, clipped = policy_loss(logprob, old, advantage)
-                    kl = kl_k3(logprob, start)
-                    if args.kl_coef:
-                        token_loss = token_loss + args.kl_coef * kl
-                    loss = token_loss.sum() / denominator
-                    if not torch.isfinite(loss):
-                        run.stop_on_nan(step, "loss", [record(i) for i in micro])
-                    loss.backward()
-                    if not micro:  # no work, but its part in the gradients' sum
-                        continue
-                    totals["loss"] += loss.item()
-                    totals["entropy"] += entropy.detach().sum().item()
-                    totals["kl"] += kl.detach().sum().item()
-                    totals["clipped"] += clipped.sum().item()
-                    totals["tokens"] += len(old)
-                    totals["ratio_max"] = max(totals["ratio_max"], (logprob.detach() - old).max().exp().item())
-                grad_norm = runtime.clip_gradients(policy, MAX_GRAD_NORM)
-                if not torch.isfinite(grad_norm):
-                    run.stop_on_nan(step, "gradient", [record(i) for i in members])
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                totals["grad_norm"].append(grad_norm.item())
-        totals = runtime.add_up(totals | {"peak_memory": runtime.peak_memory_gb(args.device)}, largest=("ratio_max", "peak_memory"))
-        updated = time.perf_counter()
-
-        # 5. write down everything
-        lengths = lengths.double()
-        mismatch = torch.cat([torch.tensor(r.logprobs) - old for r, old in zip(rollouts, old_logprobs)]).abs()
-        groups_vr, groups_sa = r_vr.view(-1, args.n), r_sa.view(-1, args.n)
-        metrics = {
-            "step": step + 1, "reward": rewards.mean().item(), "accuracy": r_vr.mean().item(),
-            "r_sa_mean": r_sa.mean().item(), "r_sa_std": r_sa.std().item(),
-            "r_vr_group_std": groups_vr.std(1).mean().item(), "r_sa_group_std": groups_sa.std(1).mean().item(),
-            "ppl_query": sum(ppl_query) / len(answers), "ppl_alone": sum(ppl_alone) / len(answers),
-            "advantage_std": advantages.std().item(), "no_signal": (advantages == 0).all(1).double().mean().item(),
-            "length_mean": lengths.mean().item(), "length_p50": lengths.quantile(0.5).item(),
-            "length_p95": lengths.quantile(0.95).item(), "length_max": lengths.max().item(),
-            "unfinished": sum(not r.finished for r in rollouts) / len(rollouts),
-            **{f"share_{s}": sum(v.status == s for v in verdicts) / len(verdicts) for s in STATUSES},
-            "loss": totals["loss"] / len(totals["grad_norm"]), "kl": totals["kl"] / totals["tokens"] if reference else None,
-            "entropy": totals["entropy"] / totals["tokens"], "clip_fraction": totals["clipped"] / totals["tokens"],
-            "ratio_max": totals["ratio_max"], "mismatch_mean": mismatch.mean().item(), "mismatch_max": mismatch.max().item(),
-            "grad_norm": max(totals["grad_norm"]), "lr": args.lr, "tokens": int(lengths.sum()),
-            "seconds_sampling": sampled - began, "seconds_scoring": scored - sampled, "seconds_update": updated - scored,
-            "peak_memory_gb": totals["peak_memory"]}
-        run.log("metrics.jsonl", metrics)
-        for i in range(len(answers)):
-            run.log("completions.jsonl", record(i))
-        bar.set_postfix(reward=f"{metrics['reward']:.3f}", acc=f"{metrics['accuracy']:.2f}", len=f"{metrics['length_mean']:.0f}",
-                        tok_s=f"{metrics['tokens'] / (updated - began):.0f}")
-        done = step + 1
-        if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
-            runtime.refresh(sampler, policy)
-            evaluate_now(done)
-        stop = run.stop_asked()  # once: a signal after this line waits for the next step
-        if done % args.save_every == 0 or done == args.steps or stop:
-            run.save(done, tokenizer, policy, optimizer)
-        if stop:
-            break
-    bar.close()
-    run.finish("train_sa_grpo.py", comparison_table)
+        # 5. log, evaluate, save
+        run.log_step(answers, means, advantage_std=advantages.std(),
+                     no_signal=(advantages == 0).all(1).double().mean(),
+                     r_vr_group_std=r_vr.view(-1, args.samples).std(1).mean(),
+                     r_sa_group_std=r_sa.view(-1, args.samples).std(1).mean())
+        if run.evaluation_due():
+            evaluate_now(step + 1)
+        if run.checkpoint_due():
+            run.save(tokenizer, policy, optimizer)
+    evaluations = run.finish("train_sa_grpo.py")
+    if evaluations:
+        print(comparison_table(evaluations))
 
 
 if __name__ == "__main__":
-    with runtime.user_errors():
+    with user_errors():
         main()

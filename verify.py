@@ -1,20 +1,24 @@
-r"""Does a response end in the right answer? Extraction, equivalence, and the verdict that becomes the reward R_VR.
+r"""Does a response end in the right answer? Extraction, equivalence, and the verdict that becomes
+the reward R_VR.
 
     judge(response, reference) -> Verdict(reward, answer, status)
     extract_answer(response) -> str | None
     is_equivalent(prediction, reference) -> bool
 
-Text goes through four small machines: a tokenizer (_tokens), a recursive-descent parser (_Parser), an evaluator in two
-kinds of arithmetic (_exact, _value) and a comparison of parsed answers (_same). Nothing is ever executed, every size is
-bounded by a constant below, and no regular expression can backtrack over more than a bounded stretch.
+Text goes through four small machines: a tokenizer (_tokens), a recursive-descent parser (_Parser),
+an evaluator in two kinds of arithmetic (_exact, _value) and a comparison of parsed answers (_same).
+Nothing is ever executed, every size is bounded by a constant below, and no regular expression can
+backtrack over more than a bounded stretch. The rules below are the verifier "strict".
 
 Where the final answer of a response is (extract_answer). The first rule that applies decides:
 
   R0  Only what follows the last </think> counts; if a <think> was never closed there is no answer.
-  R1  The last \boxed{...} or \fbox{...} that is not blank. If it is never closed the response was cut off: no answer.
-  R2  The last statement "answer is ...", "answers are ...", "answer: ...", "answer = ...", or what follows a line that
-      says only (Final) Answer: the formula if it begins with a math delimiter, else the words up to the end of the
-      sentence or up to because, since, so, which, as. If nothing follows, the response was cut off: no answer.
+  R1  The last \boxed{...} or \fbox{...} that is not blank. If it is never closed the response was
+      cut off: no answer.
+  R2  The last statement "answer is ...", "answers are ...", "answer: ...", "answer = ...", or what
+      follows a line that says only (Final) Answer: the formula if it begins with a math delimiter,
+      else the words up to the end of the sentence or up to because, since, so, which, as. If
+      nothing follows, the response was cut off: no answer.
   R3  The last line that begins with #### and a number (how GSM8K writes it).
   R4  The whole response, if it is one line and a single word or without ordinary words.
   R5  The last number.
@@ -23,12 +27,16 @@ Where the final answer of a response is (extract_answer). The first rule that ap
 When two answers are equal (is_equivalent). It is symmetric, and there is no tolerance anywhere:
 
   P1  The value counts, not the form: 2/4 is 1/2, \sqrt{8} is 2\sqrt{2}, (x+1)^2 is x^2+2x+1.
-  P2  A rounded decimal is not the exact value: 0.33 is not 1/3. Terminating decimals are exact rationals.
-  P3  A unit or counted noun on one side only is ignored; two units must be the same one, however spelled.
+  P2  A rounded decimal is not the exact value: 0.33 is not 1/3. Terminating decimals are exact
+      rationals.
+  P3  A unit or counted noun on one side only is ignored; two units must be the same one, however
+      spelled.
   P4  Degree signs are units (but sin 30° is the sine of an angle in degrees).
   P5  n% is n/100. A percent sign on one side only may also stand for nothing: 28% against 28.
-  P6  Lists with commas, semicolons, and, or are unordered, with or without braces. (1, 2) is ordered and never a set.
-  P7  A name in front (x =, f(x) =, (x, y) =, x \in) on one side only is ignored. 2x + z = 1 is not 1.
+  P6  Lists with commas, semicolons, and, or are unordered, with or without braces. (1, 2) is
+      ordered and never a set.
+  P7  A name in front (x =, f(x) =, (x, y) =, x \in) on one side only is ignored. 2x + z = 1 is
+      not 1.
   P8  Text: case, \text wrappers, blanks, periods, and parentheses round one letter do not matter.
   P9  The brackets of a matrix do not matter, its shape and entries do.
   P10 An inequality in one variable is the interval it describes.
@@ -38,20 +46,27 @@ When two answers are equal (is_equivalent). It is symmetric, and there is no tol
   P14 Variables keep their case and their names: 3r is neither 3R nor 3s.
   P15 Digits may be grouped in threes by a comma, {,}, \, or ,\! and by a blank.
   P16 Left-over \boxed, $ and \( \) wrappers are ignored.
-  Roots are principal, except that odd roots of negative numbers are real; \sin^{-1} is the inverse function; log alone
-  is to base 10; i, e and pi are constants. Expressions in variables must agree for negative values too: \sqrt{x^2} is
-  |x|, not x. What cannot be read is equal only to the same spelling, and nothing undefined (1/0) equals anything else.
+  Roots are principal, except that odd roots of negative numbers are real; \sin^{-1} is the inverse
+  function; log alone is to base 10; i, e and pi are constants. Expressions in variables must agree
+  for negative values too: \sqrt{x^2} is |x|, not x. What cannot be read is equal only to the same
+  spelling, and nothing undefined (1/0) equals anything else.
 
 What earns no reward although the right number may be in it (judge):
 
-  G1  No answer, or a blank one. Nothing that is only in an unfinished <think>, or in a box that was cut off.
-  G2  A last number (R5) that ends a list of numbers: nobody has committed to it. Lists under R1 to R4 are lists (P6).
-  G3  Boxes side by side, with fewer than five words or a hedge (or, maybe, another, ...) in between, count together as
-      one list; a correction (wait, wrong, actually, ...) or more words in between leaves the last one alone.
-  G4  A last number (R5) in or before a question or a task ("Find ...", "Compute ..."): the problem repeated.
-  G5  A choice (A to E, True, False) needs R1 to R4 or words that state it ("is False", "option B"), last one counts.
-  G6  A longer number that contains the reference: values are compared, never substrings. Likewise a last number (R5) inside
-      a formula is not the answer, but what the formula's last side says: "is $3\sqrt{13}$." does not state 13.
+  G1  No answer, or a blank one. Nothing that is only in an unfinished <think>, or in a box that
+      was cut off.
+  G2  A last number (R5) that ends a list of numbers: nobody has committed to it. Lists under R1 to
+      R4 are lists (P6).
+  G3  Boxes side by side, with fewer than five words or a hedge (or, maybe, another, ...) in
+      between, count together as one list; a correction (wait, wrong, actually, ...) or more words
+      in between leaves the last one alone.
+  G4  A last number (R5) in or before a question or a task ("Find ...", "Compute ..."): the problem
+      repeated.
+  G5  A choice (A to E, True, False) needs R1 to R4 or words that state it ("is False",
+      "option B"), last one counts.
+  G6  A longer number that contains the reference: values are compared, never substrings. Likewise
+      a last number (R5) inside a formula is not the answer, but what the formula's last side says:
+      "is $3\sqrt{13}$." does not state 13.
 """
 
 import decimal
@@ -66,7 +81,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 STATUSES = ("correct", "wrong", "no_answer", "unparsed", "error")
-VERIFIERS = ("policy", "last-number")
+VERIFIERS = ("strict", "last-number")
 
 # Bounds. All of them are sizes, none is a clock, so a verdict is the same on every machine.
 MAX_ANSWER = 1000          # characters; a longer "answer" is never read as mathematics
@@ -87,27 +102,31 @@ class Verdict(NamedTuple):
     status: str
 
 
-def judge(response: str, reference: str, verifier: str = "policy") -> Verdict:
+def judge(response: str, reference: str, verifier: str = "strict") -> Verdict:
     """Does the response commit itself to the reference answer?
 
-    verifier: "policy" as documented above, or "last-number", the paper's rule: the last number or fraction anywhere.
-    Raises ValueError for another verifier, and nothing else: a failure of ours is logged and has the status "error".
+    verifier: "strict" as documented above, or "last-number", the paper's rule: the last number or
+    fraction anywhere. Raises ValueError for another verifier, and nothing else: a failure of ours
+    is logged and has the status "error".
     """
     if verifier not in VERIFIERS:
         raise ValueError(f"unknown verifier {verifier!r}: choose one of {', '.join(VERIFIERS)}")
     try:
-        answer = last_number(response) if verifier == "last-number" else _committed_answer(response, reference)
+        answer = (last_number(response) if verifier == "last-number"
+                  else _committed_answer(response, reference))
         if answer is None:
             return Verdict(0.0, None, "no_answer")
         if is_equivalent(answer, reference):
             return Verdict(1.0, answer, "correct")
-        return Verdict(0.0, answer, "wrong" if len(answer) <= MAX_ANSWER and _readings(answer) else "unparsed")
-    except Exception:                                # a bug must not look like a wrong answer, nor stop a run
-        log.exception("verify.judge failed on the response %.200r with the reference %.200r", response, reference)
+        return Verdict(0.0, answer, "wrong" if len(answer) <= MAX_ANSWER and _readings(answer)
+                       else "unparsed")
+    except Exception:  # a bug must not look like a wrong answer, nor stop a run
+        log.exception("verify.judge failed on the response %.200r with the reference %.200r",
+                      response, reference)
         return Verdict(0.0, None, "error")
 
 
-# ---------------------------------------------------------------------------------------------------- extraction
+# --------------------------------------------------------------------------------------- extraction
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 _NUMBER = re.compile(rf"(?:(?<![\w)}}\]])[-+\u2212])?(?:\\?\$)?"
@@ -116,14 +135,18 @@ _NUMBER = re.compile(rf"(?:(?<![\w)}}\]])[-+\u2212])?(?:\\?\$)?"
                      rf"(?:\s?\\?%)?")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,20}")
 _BLANK_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,20}\{\s*\}")
-_UNBRACED = re.compile(r"[-+\u2212]?[0-9][0-9,]*(?:\.[0-9]+)?|\\?[A-Za-z]+(?:\{[^{}]{0,99}\}){0,2}|[^\s{}$.,;]")
+_UNBRACED = re.compile(r"[-+\u2212]?[0-9][0-9,]*(?:\.[0-9]+)?"
+                       r"|\\?[A-Za-z]+(?:\{[^{}]{0,99}\}){0,2}|[^\s{}$.,;]")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _MARKER = re.compile(r"(?<!/)\banswers?[*_`\"'\s]{0,8}(?:\bis\b|\bare\b|:|=)"
-                     r"|^[#>*_ \t]{0,12}(?:the\s)?(?:final\s)?answers?[*_ \t]{0,8}$", re.IGNORECASE | re.MULTILINE)
+                     r"|^[#>*_ \t]{0,12}(?:the\s)?(?:final\s)?answers?[*_ \t]{0,8}$",
+                     re.IGNORECASE | re.MULTILINE)
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*\"'\u201d)_`\]]|$)|(?<=[0-9])\.(?=[A-Z])|;(?=\s|$)"
                            r"|(?<![,\s])[,\s]{1,20}(?:because|since|so|which|as)\b", re.IGNORECASE)
-_HASHES = re.compile(r"^####[ \t]*([-+\u2212]?(?:\\?\$|[\u20ac\u00a3])?[-+\u2212]?\.?[0-9][^\n]{0,200})", re.MULTILINE)
-_LEAD = re.compile(r"^\s*(?:therefore|thus|hence|simply|just|equal to|approximately)\s", re.IGNORECASE)
+_HASHES = re.compile(r"^####[ \t]*([-+\u2212]?(?:\\?\$|[\u20ac\u00a3])?"
+                     r"[-+\u2212]?\.?[0-9][^\n]{0,200})", re.MULTILINE)
+_LEAD = re.compile(r"^\s*(?:therefore|thus|hence|simply|just|equal to|approximately)\s",
+                   re.IGNORECASE)
 _BOLD_END = re.compile(r"(?:\*\*|__)(?=[\s.,;]|$)")
 _CALCULATION = re.compile(r"<<[^<>]*>>")                            # GSM8K's calculator marks
 _WORD = re.compile(r"\\text\s?\{[^{}]*\}|\\[A-Za-z]+|[^\W\d_]{2,}")
@@ -137,7 +160,7 @@ def extract_answer(response: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number anywhere: sign, thousands commas, decimals, a/b, \\frac{a}{b}, percent sign (R5)."""
+    """The last number anywhere: sign, commas, decimals, a/b, \\frac{a}{b}, percent sign (R5)."""
     return _last_number(text)[0]
 
 
@@ -153,26 +176,28 @@ def _locate(text: str) -> tuple[str | None, int, str]:
     if boxes:
         return *boxes[0][:2], "box"
     marker = None
-    for marker in _MARKER.finditer(text):
+    for marker in _MARKER.finditer(text):  # noqa: B007
         pass
     if marker:
         return _statement(text, marker.end()) or None, marker.end(), "statement"
     hashes = None
-    for hashes in _HASHES.finditer(text):
+    for hashes in _HASHES.finditer(text):  # noqa: B007
         pass
     if hashes:
         return _trim(hashes[1]), hashes.start(), "hashes"
     bare = _BLANK_BOX.sub("", text).strip()
     if 0 < len(bare) <= MAX_ANSWER and "\n" not in bare and (
-            not re.search(r"\s", bare) or all(word[0] == "\\" for word in _WORD.findall(bare))) and _trim(bare):
+            not re.search(r"\s", bare) or all(word[0] == "\\" for word in _WORD.findall(bare))
+            ) and _trim(bare):
         return _trim(bare), 0, "bare"
     return *_last_number(text), "number"
 
 
 def _last_boxes(text: str, count: int) -> list[tuple[str | None, int, int]]:
-    """R1: up to `count` boxes from the end, as (content, start, end). None is the content of a box never closed.
+    """R1: up to `count` boxes from the end, as (content, start, end).
 
-    Blank boxes do not count. Only the last 50 boxes and MAX_ANSWER characters of each are looked at.
+    None is the content of a box never closed. Blank boxes do not count. Only the last 50 boxes and
+    MAX_ANSWER characters of each are looked at.
     """
     boxes, limit = [], len(text)
     for _ in range(50):
@@ -186,7 +211,8 @@ def _last_boxes(text: str, count: int) -> list[tuple[str | None, int, int]]:
             for brace in _BRACE.finditer(text, opening.end(), opening.end() + MAX_ANSWER):
                 depth += {"{": 1, "}": -1}.get(brace[0], 0)
                 if depth == 0:
-                    content = _trim(_BLANK_BOX.sub("", text[opening.end() + 1:brace.start()]), prose=False)
+                    content = _trim(_BLANK_BOX.sub("", text[opening.end() + 1:brace.start()]),
+                                    prose=False)
                     end = brace.end()
                     break
         elif unbraced := _UNBRACED.match(text, opening.end()):      # \boxed 5
@@ -205,7 +231,8 @@ def _statement(text: str, start: int) -> str:
         if window.startswith(left):
             close = window.find(right, len(left))
             inner = window[len(left):close]
-            price = left == "$" and ("\n" in inner or inner != inner.strip() or window[close + 1:close + 2].isdigit())
+            price = left == "$" and ("\n" in inner or inner != inner.strip()
+                                     or window[close + 1:close + 2].isdigit())
             if close > 0 and inner.strip() and not price:
                 return _trim(inner, prose=False)
             break
@@ -218,15 +245,15 @@ def _last_number(text: str) -> tuple[str | None, int]:
     last = max(text.rfind(digit) for digit in "0123456789")
     begin = max(0, last - 200)
     number = None
-    for number in _NUMBER.finditer(text, begin, last + 8) if last >= 0 else ():
+    for number in _NUMBER.finditer(text, begin, last + 8) if last >= 0 else ():  # noqa: B007
         pass
-    if not number or 0 < begin == number.start():                   # none, or one of more than 200 digits
+    if not number or 0 < begin == number.start():  # none, or one of more than 200 digits
         return None, -1
     return number[0].replace("\\$", "").replace("$", "").strip(), number.start()
 
 
 def _trim(value: str, prose: bool = True) -> str:
-    """Without blanks, bold stars, paired quotes and delimiters, a lone currency sign, final punctuation."""
+    """Without blanks, bold stars, paired quotes and delimiters, a lone $, final punctuation."""
     value = _LEAD.sub("", _CALCULATION.sub("", value))
     for _ in range(6):
         before = value
@@ -235,7 +262,8 @@ def _trim(value: str, prose: bool = True) -> str:
             value = value[:-1]
         for left, right in _DELIMITERS + _QUOTES:
             inner = value[len(left):-len(right)]
-            if value.startswith(left) and value.endswith(right) and len(value) > len(left) and left not in inner:
+            if (value.startswith(left) and value.endswith(right) and len(value) > len(left)
+                    and left not in inner):
                 value = inner
         if value.count("$") == 1 and "\\$" not in value:
             value = value.replace("$", "")
@@ -246,22 +274,25 @@ def _trim(value: str, prose: bool = True) -> str:
     return value
 
 
-# ---------------------------------------------------------------------------------------------------- commitment
+# --------------------------------------------------------------------------------------- commitment
 
-_HEDGE = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively|another|either|could|might)\b", re.IGNORECASE)
-_CORRECTION = re.compile(r"\b(?:wait|no[,.]|wrong|actually|corrected|correction|mistake|instead|sorry|oops)(?!\w)",
-                         re.IGNORECASE)
-_LISTED = re.compile(r"[0-9)\]}%$](?:[ *_$]*(?:[,;|/]|\bor\b|\band\b|\bto\b)|[ \t])"          # 3, 4 or _
+_HEDGE = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively|another|either|could|might)\b",
+                    re.IGNORECASE)
+_CORRECTION = re.compile(r"\b(?:wait|no[,.]|wrong|actually|corrected|correction|mistake|instead"
+                         r"|sorry|oops)(?!\w)", re.IGNORECASE)
+_LISTED = re.compile(r"[0-9)\]}%$](?:[ *_$]*(?:[,;|/]|\bor\b|\band\b|\bto\b)|[ \t])"  # 3, 4 or _
                      r"[\s,;|*_$(\[]*(?:and|or)?[\s*_$(\[]*$"
-                     r"|(?:^|\n)[^\w\n]*[0-9][0-9.,/]*[^\w\n]*\n[^\w]*$")                    # a line with a number only
-_START = r"""(?:^|\n|[.!?{}][$)\]*"']{{0,3}}\s)\s{{0,9}}"""                                       # of a sentence
-_TASK = re.compile(_START.format(":,") + r"(?:how many|how much|find|compute|calculate|determine|evaluate)\b|"
-                   + _START.format("") + r"(?:what|which|simplify|express|write|solve|give|answer|enter|round|prove|"
-                   r"show|state|convert|factor|expand)\b", re.IGNORECASE)
+                     r"|(?:^|\n)[^\w\n]*[0-9][0-9.,/]*[^\w\n]*\n[^\w]*$")  # a lone number
+_START = r"""(?:^|\n|[.!?{}][$)\]*"']{{0,3}}\s)\s{{0,9}}"""  # of a sentence
+_TASK = re.compile(_START.format(":,")
+                   + r"(?:how many|how much|find|compute|calculate|determine|evaluate)\b|"
+                   + _START.format("") + r"(?:what|which|simplify|express|write|solve|give|answer|"
+                   r"enter|round|prove|show|state|convert|factor|expand)\b", re.IGNORECASE)
 _SENTENCE_START = re.compile(r"[.!?][$)\]*\"']{0,3}\s{1,9}(?=[A-Z$\\])|\n\s*\n")
 _CHOICES = ("a", "b", "c", "d", "e", "true", "false")
-_STATED = re.compile(r"\b(?:is|are|be|option|choice|choose|select|pick|therefore|thus|hence|so)\b[\s,:]{1,3}"
-                     r"(?:(?:that|it|is|the|statement|option|choice|definitely|clearly|correct)\s){0,4}[*_`\"'(]{0,4}"
+_STATED = re.compile(r"\b(?:is|are|be|option|choice|choose|select|pick|therefore|thus|hence|so)\b"
+                     r"[\s,:]{1,3}(?:(?:that|it|is|the|statement|option|choice|definitely|clearly"
+                     r"|correct)\s){0,4}[*_`\"'(]{0,4}"
                      r"(?:((?-i:[A-E]))|(true|false|yes|no))\b(?!\s+or\b)", re.IGNORECASE)
 
 
@@ -275,7 +306,7 @@ def _committed_answer(response: str, reference: str) -> str | None:
         return answer
     if _text(reference) in _CHOICES:                                # G5
         stated = None
-        for stated in _STATED.finditer(text):
+        for stated in _STATED.finditer(text):  # noqa: B007
             pass
         return stated[1] or stated[2] if stated and "?" not in text[stated.end():] else None
     if answer is None or _LISTED.search(text[max(0, start - 60):start]) or _is_problem(text, start):
@@ -284,7 +315,7 @@ def _committed_answer(response: str, reference: str) -> str | None:
 
 
 def _is_problem(text: str, start: int) -> bool:
-    """G4: does a question or a task end the text, from the sentence with the number at `start` on?"""
+    """G4: does a question or task end the text, from the sentence with the number at `start` on?"""
     before = text[max(0, start - 500):start]
     if re.search(r"=[\s$*\\(]{0,5}$", before) and len(text) - start < 40:        # ... = 42.
         return "?" in text[start:]
@@ -294,10 +325,14 @@ def _is_problem(text: str, start: int) -> bool:
 
 
 def _formula_around(text: str, start: int) -> str | None:
-    """G6: the last side of the closed formula round the number at `start`, if there is one and it can be read."""
-    start += text[start] == "$"                                     # as likely a formula's first sign as a price
+    """G6: the last side of the closed formula round the number at `start`.
+
+    None if there is no such formula, or if its last side cannot be read.
+    """
+    start += text[start] == "$"  # the number's $ may open a formula rather than name a price
     for left, right in _DELIMITERS:
-        begin, end = text.rfind(left, max(0, start - MAX_ANSWER), start), text.find(right, start, start + MAX_ANSWER)
+        begin, end = (text.rfind(left, max(0, start - MAX_ANSWER), start),
+                      text.find(right, start, start + MAX_ANSWER))
         inner = text[begin + len(left):end]
         prose = left == "$" and any(word[0] != "\\" for word in _WORD.findall(inner))
         if 0 <= begin and 0 <= end and right not in inner and not prose:
@@ -307,7 +342,7 @@ def _formula_around(text: str, start: int) -> str | None:
 
 
 def _boxes_together(text: str) -> str:
-    """G3: the last box and those before it with little in between, as one list of the different answers."""
+    """G3: the last box and those shortly before it, as one list of the different answers."""
     (answer, start, _), *earlier = _last_boxes(text, 12)
     answers = [answer]
     for content, begin, end in earlier:
@@ -316,14 +351,15 @@ def _boxes_together(text: str) -> str:
         if end > start:                                             # a box round the box
             continue
         gap, start = text[end:start], begin
-        if len(gap) > 200 or _CORRECTION.search(gap) or (len(_WORD.findall(gap)) >= 5 and not _HEDGE.search(gap)):
+        if len(gap) > 200 or _CORRECTION.search(gap) or (
+                len(_WORD.findall(gap)) >= 5 and not _HEDGE.search(gap)):
             break
         if content not in answers:
             answers.append(content)
     return ", ".join(answers[::-1])
 
 
-# --------------------------------------------------------------------------------------------------- equivalence
+# -------------------------------------------------------------------------------------- equivalence
 
 _SIMPLE = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 
@@ -361,7 +397,10 @@ class _Work:
 
 
 def is_equivalent(prediction: str, reference: str) -> bool:
-    """Do the two texts name the same answer, by P1 to P16? Symmetric; never raises; bounded time and memory."""
+    """Do the two texts name the same answer, by P1 to P16?
+
+    Symmetric; never raises; bounded time and memory.
+    """
     a, b = prediction.strip(), reference.strip()
     if not a or not b:
         return False
@@ -369,7 +408,7 @@ def is_equivalent(prediction: str, reference: str) -> bool:
         return True
     if len(a) > MAX_ANSWER or len(b) > MAX_ANSWER:
         return False
-    if _SIMPLE.fullmatch(a) and _SIMPLE.fullmatch(b):               # the common case needs no parser
+    if _SIMPLE.fullmatch(a) and _SIMPLE.fullmatch(b):  # the common case needs no parser
         return Fraction(a) == Fraction(b)
     try:
         work = _Work()
@@ -390,11 +429,15 @@ def _equal(a: str, b: str, work: _Work) -> bool:
         return True
     if any(_kind(x) == "text" for x in readings_a + readings_b):
         return _text(a) == _text(b)
-    return not readings_a and not readings_b and _spelling(a) == _spelling(b)   # outside the grammar: the same spelling
+    # outside the grammar: the same spelling
+    return not readings_a and not readings_b and _spelling(a) == _spelling(b)
 
 
 def _readings(text: str) -> list:
-    """The ways to read an answer: a comma may group digits or separate items (100,200), a letter be a unit (10 m)."""
+    """The ways to read an answer.
+
+    A comma may group digits or separate items (100,200), a letter may be a unit (10 m).
+    """
     texts = [text, _LONE_UNIT.sub(r" \\text{\1}", text)] if _LONE_UNIT.search(text) else [text]
     readings = []
     for grouping in (True, False) if _GROUPED.search(text) else (True,):
@@ -409,11 +452,13 @@ def _readings(text: str) -> list:
     return readings
 
 
-# ---------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
-_WRAPPERS = r"\\(?:text|mbox|mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal|operatorname)\s?\{"
-_TEXT_VALUES = {"nosolution": ("set",), "nosolutions": ("set",), "norealsolution": ("set",), "emptyset": ("set",),
-                "norealsolutions": ("set",), "allrealnumbers": "ℝ", "allreals": "ℝ"}
+_WRAPPERS = (r"\\(?:text|mbox|mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal"
+             r"|operatorname)\s?\{")
+_TEXT_VALUES = {"nosolution": ("set",), "nosolutions": ("set",), "norealsolution": ("set",),
+                "emptyset": ("set",), "norealsolutions": ("set",),
+                "allrealnumbers": "ℝ", "allreals": "ℝ"}
 _LABEL = re.compile(rf"(?:{_WRAPPERS})?\(?([A-E])[).:](?:[\s}}~]|\\[\s,;:])+([\w\\$].*)", re.DOTALL)
 
 
@@ -423,7 +468,10 @@ def _spelling(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    """The normal form of a text answer (P8): no wrappers, blanks, periods, quotes or case; yes is true, (B) is b."""
+    """The normal form of a text answer (P8): no wrappers, blanks, periods, quotes or case.
+
+    yes is true, (B) is b.
+    """
     form = re.sub(_WRAPPERS, "{", text).lower()
     form = re.sub(r"\\[\s,;:!]|[\s{}$~\"'*`_\u2018\u2019\u201c\u201d]|\.(?![0-9])", "", form)
     form = re.sub(r"^(?:option|choice)(?=\(?[a-e]\)?$)", "", form)
@@ -431,12 +479,12 @@ def _text(text: str) -> str:
     return {"yes": "true", "no": "false"}.get(form, form)
 
 
-# -------------------------------------------------------------------------------------------------------- tokens
+# ------------------------------------------------------------------------------------------- tokens
 
 _GROUPED = re.compile(r"[0-9][ ,][0-9]{3}(?![0-9])")
 _TOKEN = {grouping: re.compile(rf"""
-     [0-9]{{1,3}}(?:(?:,\\!\s?|\{{,\}}|\\[,!]\s?{comma})[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?      # 1,234 (P15)
-    |[0-9]*\.[0-9]*\\(?:overline|bar|dot)\s?\{{[0-9]+\}}                                        # 0.1\overline{{6}}
+     [0-9]{{1,3}}(?:(?:,\\!\s?|\{{,\}}|\\[,!]\s?{comma})[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?  # 1,234
+    |[0-9]*\.[0-9]*\\(?:overline|bar|dot)\s?\{{[0-9]+\}}  # 0.1\overline{{6}}
     |(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?
     |{_WRAPPERS}[^{{}}]*\}}
     |\\(?:begin|end)\s?\{{[A-Za-z]+\*?\}}
@@ -444,55 +492,65 @@ _TOKEN = {grouping: re.compile(rf"""
     |\\[A-Za-z]+|\\.|[A-Za-z]+|<=|>=|!=|\*\*|\.\.\.|\S""", re.VERBOSE | re.DOTALL)
     for grouping, comma in ((True, "|[ ,]"), (False, ""))}
 _DEGREE = re.compile(r"\^\s?\{?\s?\\circ\s?\}?|\\circ(?![A-Za-z])")
-_ORDINAL = re.compile(r"(?<=[0-9])\s?\^\s?\{?\s?(?:\\(?:text|mathrm)\s?)?\{?(?:st|nd|rd|th)\}?\s?\}?")
+_ORDINAL = re.compile(r"(?<=[0-9])\s?\^\s?\{?\s?(?:\\(?:text|mathrm)\s?)?"
+                      r"\{?(?:st|nd|rd|th)\}?\s?\}?")
 _LONE_UNIT = re.compile(r"(?<=[0-9]) ([mshgLNJWV])(?=/[a-z]{1,3}$|\^[23]$|\s?(?:[,;]|$))")
 
 _UNICODE = str.maketrans({
-    "−": "-", "–": "-", "－": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "∕": "/", "⁄": "/", "π": "\\pi ",
-    "∞": "\\infty ", "√": "\\sqrt ", "≤": "<=", "≥": ">=", "⩽": "<=", "⩾": ">=", "≠": "!=", "∪": "\\cup ", "∈": "\\in ",
-    "∅": "\\emptyset ", "±": "\\pm ", "∓": "\\mp ", "≈": "\\approx ", "…": "...", "º": "°", "％": "%",
-    "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "λ": "\\lambda ", "，": ",", "：": ":", "（": "(", "）": ")",
+    "−": "-", "–": "-", "－": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "∕": "/",
+    "⁄": "/", "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt ", "≤": "<=", "≥": ">=", "⩽": "<=",
+    "⩾": ">=", "≠": "!=", "∪": "\\cup ", "∈": "\\in ", "∅": "\\emptyset ", "±": "\\pm ",
+    "∓": "\\mp ", "≈": "\\approx ", "…": "...", "º": "°", "％": "%", "θ": "\\theta ",
+    "α": "\\alpha ", "β": "\\beta ", "λ": "\\lambda ", "，": ",", "：": ":", "（": "(", "）": ")",
     "⟨": "\\langle ", "⟩": "\\rangle ", "’": "'", "²": "^2", "³": "^3",
     **{fraction: f" {top}/{bottom}" for fraction, top, bottom in zip(
         "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")},
     **{chr(0xFF10 + digit): str(digit) for digit in range(10)}})
 
 _BEYOND_ASCII = ("°", "ℝ", "€", "£", "¢")
-_SKIPPED = frozenset(r"""\left \right \displaystyle \textstyle \limits \big \Big \bigl \bigr \Bigl \Bigr \bigg \Bigg
-    \quad \qquad \, \; \: \! \( \) \[ \] ~ \vec \hat \boldsymbol \overline \bar \overrightarrow \rm \bf \it \text
-    \mathrm \mathbf \mbox \textbf \hline""".split()) | {"\\ ", "\\\n", "\\\t", "\\\r"}
+_SKIPPED = frozenset(r"""\left \right \displaystyle \textstyle \limits \big \Big \bigl \bigr \Bigl
+    \Bigr \bigg \Bigg \quad \qquad \, \; \: \! \( \) \[ \] ~ \vec \hat \boldsymbol \overline \bar
+    \overrightarrow \rm \bf \it \text \mathrm \mathbf \mbox \textbf \hline""".split()) | {
+    "\\ ", "\\\n", "\\\t", "\\\r"}
 _ALIASES = dict(pair.split("~") for pair in r"""
-    \dfrac~\frac \tfrac~\frac \cfrac~\frac \dbinom~\binom \tbinom~\binom \times~* \cdot~* \ast~* \div~/ **~^
-    \leq~<= \le~<= \leqslant~<= \geq~>= \ge~>= \geqslant~>= \neq~!= \ne~!= \lt~< \gt~> \colon~: \land~and \lor~or
-    \lbrace~\{ \rbrace~\} \lvert~| \rvert~| \vert~| \mid~| \|~| \langle~( \rangle~) \lbrack~[ \rbrack~] \%~% \$~$
-    percent~% \varnothing~\emptyset ...~\dots \ldots~\dots \cdots~\dots \degree~° \backslash~\setminus \R~ℝ
-    \mathbb{R}~ℝ infinity~\infty inf~\infty asin~arcsin acos~arccos atan~arctan""".split())
-_FUNCTIONS = frozenset("sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln lg exp abs floor ceil min "
-                       "max gcd lcm".split())
-_PLAIN = _FUNCTIONS | {"sqrt", "pi", "theta", "alpha", "beta", "lambda"}            # may be written without a backslash
+    \dfrac~\frac \tfrac~\frac \cfrac~\frac \dbinom~\binom \tbinom~\binom \times~* \cdot~* \ast~*
+    \div~/ **~^ \leq~<= \le~<= \leqslant~<= \geq~>= \ge~>= \geqslant~>= \neq~!= \ne~!= \lt~< \gt~>
+    \colon~: \land~and \lor~or \lbrace~\{ \rbrace~\} \lvert~| \rvert~| \vert~| \mid~| \|~| \langle~(
+    \rangle~) \lbrack~[ \rbrack~] \%~% \$~$ percent~% \varnothing~\emptyset ...~\dots \ldots~\dots
+    \cdots~\dots \degree~° \backslash~\setminus \R~ℝ \mathbb{R}~ℝ infinity~\infty inf~\infty
+    asin~arcsin acos~arccos atan~arctan""".split())
+_FUNCTIONS = frozenset("sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln lg exp "
+                       "abs floor ceil min max gcd lcm".split())
+# may be written without a backslash
+_PLAIN = _FUNCTIONS | {"sqrt", "pi", "theta", "alpha", "beta", "lambda"}
 _UNITS = {spelling: unit.split()[0] for unit in """
-    $ dollar dollars usd bucks; cent cents ¢; eur euro euros €; gbp £; lb lbs pound pounds; ° degree degrees deg;
-    m meter meters metre metres; cm centimeter centimeters centimetre centimetres; mm millimeter millimeters;
-    km kilometer kilometers kilometre kilometres; in inch inches; ft foot feet; yd yard yards; mi mile miles;
-    g gram grams; kg kgs kilogram kilograms; mg milligram milligrams; oz ounce ounces; l liter liters litre litres;
-    ml milliliter milliliters; s sec secs second seconds; min mins minute minutes; h hr hrs hour hours; day days;
-    per /; mph; kph; rpm; sq square; cu cubic; th; st; nd; rd""".split(";") for spelling in unit.split()}
-_NOT_UNITS = frozenset("""not no none nor or and but is are be was if then than to maybe perhaps possibly about versus
-    vs plus minus times over divided by squared cubed factorial point half halves third thirds quarter quarters fourth
-    fifth fifths tenth tenths hundredth hundredths hundred thousand million billion trillion dozen am pm wrong incorrect
-    false true yes unknown undefined nan mod modulo power root base between either neither except without less more
-    greater fewer from through until approximately answer""".split())
-_SHORT_WORDS = _NOT_UNITS | set("""one two six ten yes odd the it of nan red men day car cup box pen egg cat dog way pie
-    bag bus jar all any old new ago age top""".split())
+    $ dollar dollars usd bucks; cent cents ¢; eur euro euros €; gbp £; lb lbs pound pounds;
+    ° degree degrees deg; m meter meters metre metres;
+    cm centimeter centimeters centimetre centimetres; mm millimeter millimeters;
+    km kilometer kilometers kilometre kilometres; in inch inches; ft foot feet; yd yard yards;
+    mi mile miles; g gram grams; kg kgs kilogram kilograms; mg milligram milligrams;
+    oz ounce ounces; l liter liters litre litres; ml milliliter milliliters;
+    s sec secs second seconds; min mins minute minutes; h hr hrs hour hours; day days; per /; mph;
+    kph; rpm; sq square; cu cubic; th; st; nd; rd""".split(";") for spelling in unit.split()}
+_NOT_UNITS = frozenset("""not no none nor or and but is are be was if then than to maybe perhaps
+    possibly about versus vs plus minus times over divided by squared cubed factorial point half
+    halves third thirds quarter quarters fourth fifth fifths tenth tenths hundredth hundredths
+    hundred thousand million billion trillion dozen am pm wrong incorrect false true yes unknown
+    undefined nan mod modulo power root base between either neither except without less more greater
+    fewer from through until approximately answer""".split())
+_SHORT_WORDS = _NOT_UNITS | set("""one two six ten yes odd the it of nan red men day car cup box pen
+    egg cat dog way pie bag bus jar all any old new ago age top""".split())
 _NUMBER_WORDS = {word: n for n, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty".split())} | {
-    word: 10 * n for n, word in enumerate("thirty forty fifty sixty seventy eighty ninety".split(), 3)}
-_MULTIPLIERS = {'"hundred': 100, '"thousand': 10 ** 3, '"million': 10 ** 6, '"billion': 10 ** 9, '"trillion': 10 ** 12}
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty".split())} | {
+    word: 10 * n
+    for n, word in enumerate("thirty forty fifty sixty seventy eighty ninety".split(), 3)}
+_MULTIPLIERS = {'"hundred': 100, '"thousand': 10 ** 3, '"million': 10 ** 6, '"billion': 10 ** 9,
+                '"trillion': 10 ** 12}
 
 
 def _tokens(text: str, grouping: bool) -> list[str]:
-    """Cut an answer into numbers, single letters, \\commands, signs and '"words' (with a quote in front).
+    """Cut an answer into numbers, letters, \\commands, signs and '"words' (with a quote in front).
 
     grouping: may a comma or a blank group the digits of a number?
     """
@@ -500,7 +558,7 @@ def _tokens(text: str, grouping: bool) -> list[str]:
         text = text.translate(_UNICODE)
     if "\\circ" in text:
         text = _DEGREE.sub("°", text)
-    if "$" in text:                                                 # pairs are math delimiters, others currency
+    if "$" in text:  # pairs are math delimiters, others currency
         after = re.findall(r"(?<!\\)\$(.?)", text, re.DOTALL)
         if len(after) % 2 == 0 and not all(character.isdigit() for character in after):
             text = re.sub(r"(\\\$)|\$", r"\1", text)
@@ -519,8 +577,9 @@ def _tokens(text: str, grouping: bool) -> list[str]:
             inside = token[token.index("{") + 1:-1].strip()
             if inside.lower() in ("and", "or"):
                 tokens.append(inside.lower())
-            elif inside[:1].isalpha():                              # a vector \mathbf{v}, else words or a unit
-                tokens.append(inside if len(inside) == 1 and token.startswith("\\mathbf") else '"' + inside)
+            elif inside[:1].isalpha():  # a vector \mathbf{v}, else words or a unit
+                tokens.append(inside if len(inside) == 1 and token.startswith("\\mathbf")
+                              else '"' + inside)
             elif inside:
                 tokens += _tokens(inside, grouping)                 # (B), 13, 12 dollars
         elif not token.isascii() and token not in _BEYOND_ASCII:
@@ -535,7 +594,7 @@ def _tokens(text: str, grouping: bool) -> list[str]:
 
 
 def _letters(name: str, after_number: bool) -> list[str]:
-    """A run of letters: a connective, a function, a unit or word, or else a product of variables."""
+    """A run of letters: a connective, a function, a unit or word, or a product of variables."""
     lower = name.lower()
     if lower in ("and", "or"):
         return [lower]
@@ -549,22 +608,24 @@ def _letters(name: str, after_number: bool) -> list[str]:
     return list(name)
 
 
-# -------------------------------------------------------------------------------------------------------- parser
+# ------------------------------------------------------------------------------------------- parser
 #
 # A value is an int, a Fraction, a name (str: a variable, or a constant: pi, e, i, ∞) or a tuple:
-#     ("+", a, b, ...)  ("*", a, b, ...)  ("-", a) the negative  ("/", a) the reciprocal  ("^", a, b)  ("%", a)
-#     ("call", function, a, ...)  ("unit", unit, a)  ("pm", a) plus or minus a  ("mp", a) minus or plus a
+#     ("+", a, b, ...)  ("*", a, b, ...)  ("-", a) the negative  ("/", a) the reciprocal
+#     ("^", a, b)  ("%", a)  ("call", function, a, ...)  ("unit", unit, a)
+#     ("pm", a) plus or minus a  ("mp", a) minus or plus a
 # Around values stand answers:
-#     ("list", a, ...)  ("all", a, ...) inequalities joined by and  ("set", a, ...)  ("seq", brackets, a, ...) in order
-#     ("rel", signs, a, ...)  ("union", a, ...)  ("minus", a, b)  ("ratio", a, ...)  ("matrix", columns, a, ...)
-#     ("based", digits, base)  ("text", normal form)
+#     ("list", a, ...)  ("all", a, ...) inequalities joined by and  ("set", a, ...)
+#     ("seq", brackets, a, ...) in order  ("rel", signs, a, ...)  ("union", a, ...)  ("minus", a, b)
+#     ("ratio", a, ...)  ("matrix", columns, a, ...)  ("based", digits, base)  ("text", normal form)
 
-_RELATIONS = {"=": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "\\in": "in", "\\approx": "="}
+_RELATIONS = {"=": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "\\in": "in",
+              "\\approx": "="}
 _INEQUALITIES = {"<", ">", "<=", ">=", "!="}
 _ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")
-_GREEK = frozenset("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho "
-                   "sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega "
-                   "ell".split())
+_GREEK = frozenset("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa "
+                   "lambda mu nu xi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta "
+                   "Theta Lambda Xi Pi Sigma Phi Psi Omega ell".split())
 _CONSTANTS = ("pi", "e", "i", "∞", "ℝ", "…")
 _NAMED = {"\\pi": "pi", "\\infty": "∞", "\\dots": "…", "ℝ": "ℝ", "\\emptyset": ("set",)}
 _CALLS = {"\\" + name for name in _FUNCTIONS}
@@ -575,7 +636,10 @@ _CLOSING = {"(": (")", "]"), "[": ("]", ")", "["), "]": ("[", "]"), "{": ("}",),
 
 
 class _Parser:
-    """Recursive descent, one method per level: answer, item, relation, union, ratio, sum, product, power, atom."""
+    """Recursive descent, one method per level.
+
+    The levels are answer, item, relation, union, ratio, sum, product, power, atom.
+    """
 
     def __init__(self, tokens: list[str]):
         self.tokens = tokens + ["", "", ""]     # the end, and room to look ahead
@@ -622,7 +686,8 @@ class _Parser:
         return items
 
     def both_signs(self, items: list) -> list:
-        return items if not self.signs else [x for item in items for x in _both_signs(item, "\\mp" in self.signs)]
+        return items if not self.signs else [
+            x for item in items for x in _both_signs(item, "\\mp" in self.signs)]
 
     def item(self):
         """A relation or value and its unit (P3)."""
@@ -640,7 +705,8 @@ class _Parser:
     def relation(self):
         """a = b, a < b <= c, x in S."""
         terms, signs = [self.name_before_equals() or self.union()], []
-        while self.token in _RELATIONS or (self.token == '"in' and self.tokens[self.at + 1] in _CLOSING):
+        while self.token in _RELATIONS or (
+                self.token == '"in' and self.tokens[self.at + 1] in _CLOSING):
             signs.append(_RELATIONS.get(self.next(), "in"))
             terms.append(self.union())
         return ("rel", tuple(signs), *terms) if signs else terms[0]
@@ -792,11 +858,12 @@ class _Parser:
         if self.token == "_":
             self.next()
             return ("based", token.lstrip("0"), self.subscript())
-        if isinstance(value, int):                                  # mixed numbers: 1\frac{3}{4}, 2 1/2
+        if isinstance(value, int):  # mixed numbers: 1\frac{3}{4}, 2 1/2
             top, bar, bottom = self.tokens[self.at:self.at + 3]
             if top == "\\frac":
                 part = self.command()
-                return value + part if isinstance(part, Fraction) and 0 < part < 1 else ("*", value, part)
+                return (value + part if isinstance(part, Fraction) and 0 < part < 1
+                        else ("*", value, part))
             if top.isdigit() and bar == "/" and bottom.isdigit() and int(bottom):
                 self.next(), self.next(), self.next()
                 return value + Fraction(int(top), int(bottom))
@@ -817,10 +884,11 @@ class _Parser:
     def group(self):
         """Brackets: mere grouping round one item, else a tuple or interval, or a set in braces."""
         opening = self.next()
-        bars, self.bars = self.bars, int(opening == "\\{")           # in a set a bar may stand for "such that"
+        bars, self.bars = self.bars, int(opening == "\\{")  # in a set, a bar may be "such that"
         items = []
         if opening + self.token != "\\{\\}":
-            if opening in ("(", "[") and "," in self.token[1:] and self.tokens[self.at + 1] in _CLOSING[opening]:
+            if (opening in ("(", "[") and "," in self.token[1:]
+                    and self.tokens[self.at + 1] in _CLOSING[opening]):
                 raise _Unreadable                                   # (1,234) is a pair, no number
             items = self.items((",", ";"))
         if opening == "\\{" and self.token in ("|", ":"):           # {x | x > 2}
@@ -863,7 +931,10 @@ class _Parser:
         raise _Unreadable
 
     def argument(self, shared: bool = False):
-        """What \\frac, \\sqrt, ^ take: a group or one token. shared: of 34 after \\frac, 3 is on top and 4 below."""
+        """What \\frac, \\sqrt, ^ take: a group or one token.
+
+        shared: of 34 after \\frac, 3 is on top and 4 below.
+        """
         if self.token.isdigit():
             digits = self.token
             if shared and len(digits) > 1:
@@ -873,7 +944,10 @@ class _Parser:
         return self.signed(self.atom)
 
     def call(self):
-        """\\sin x, \\sin^2 x, \\sin^{-1} x, \\log_2 8, \\max(1, 2); without brackets up to the next call."""
+        """\\sin x, \\sin^2 x, \\sin^{-1} x, \\log_2 8, \\max(1, 2).
+
+        Without brackets the argument goes up to the next call.
+        """
         name = self.next()[1:]
         power = base = None
         while self.token in ("^", "_"):
@@ -921,7 +995,7 @@ class _Parser:
         return ("matrix", len(rows[0]), *(cell for row in rows for cell in row))
 
     def word(self):
-        """A word where a value should stand: a number word or a lone letter, else the whole answer is text."""
+        """A word where a value should stand: a number word or a lone letter, else all is text."""
         word = self.next()[1:]
         if len(word) == 1:
             return word
@@ -934,7 +1008,10 @@ class _Parser:
         return value
 
     def unit(self):
-        """The words after a value, with powers and slashes, as a unit or counted noun; some words never are one."""
+        """The words after a value, with powers and slashes, as a unit or counted noun.
+
+        Some words never are one.
+        """
         words = []
         while self.token[:1] == '"' or (words and self.token in ("^", "/")):
             word = self.next()
@@ -950,7 +1027,7 @@ class _Parser:
 
 
 def _unit_name(words: list[str]) -> str:
-    """One spelling for each unit: square inches and inches^2 are both in^2; a noun loses its plural s."""
+    """One spelling for each unit: square inches and inches^2 are in^2; a noun loses its plural."""
     name, power = "", ""
     for word in words:
         word = word.lower()
@@ -996,7 +1073,8 @@ def _times(factors: list):
     """A product; 3/4 and \\frac{3}{4} become one Fraction at once."""
     if len(factors) == 1:
         return factors[0]
-    if len(factors) == 2 and isinstance(factors[1], Fraction) and isinstance(factors[0], (int, Fraction)):
+    if (len(factors) == 2 and isinstance(factors[1], Fraction)
+            and isinstance(factors[0], (int, Fraction))):
         return _whole(factors[0] * factors[1])
     return ("*", *factors)
 
@@ -1016,7 +1094,8 @@ def _with_parts(node: tuple, change) -> tuple:
 
 def _kind(node) -> str:
     return node[0] if isinstance(node, tuple) and node[0] in (
-        "list", "set", "all", "seq", "rel", "union", "minus", "ratio", "matrix", "based", "text") else "value"
+        "list", "set", "all", "seq", "rel", "union", "minus", "ratio", "matrix", "based", "text"
+    ) else "value"
 
 
 def _names(node, found: set) -> set:
@@ -1030,7 +1109,10 @@ def _names(node, found: set) -> set:
 
 
 def _both_signs(node, together: bool) -> list:
-    """The values of a node with plus-minus signs in it: all combinations, or two where a minus-plus ties them."""
+    """The values of a node with plus-minus signs in it.
+
+    All combinations, or two where a minus-plus ties them.
+    """
     def count(node) -> int:
         return isinstance(node, tuple) and (node[0] in ("pm", "mp")) + sum(map(count, _parts(node)))
 
@@ -1046,23 +1128,28 @@ def _both_signs(node, together: bool) -> list:
     n = count(node)
     if n > 3:
         raise _Unreadable
-    choices = [[bit] * n for bit in (0, 1)] if together and n else itertools.product((0, 1), repeat=n)
+    choices = ([[bit] * n for bit in (0, 1)] if together and n
+               else itertools.product((0, 1), repeat=n))
     return [choose(node, iter(bits)) for bits in choices]
 
 
-# ---------------------------------------------------------------------------------------------- exact arithmetic
+# --------------------------------------------------------------------------------- exact arithmetic
 #
-# A value is a quotient of two polynomials with rational coefficients, each a dict {monomial: coefficient}. A monomial
-# is a sorted tuple of (name, exponent). Besides the variables a name may be pi, e, i, or "√p" for a prime p, with
-# i*i = -1 and √p*√p = p applied at once. That makes the form of a polynomial unique, so two values are equal exactly
-# when their quotients satisfy a/b == c/d, that is a*d == c*b. (pi and e count as independent of all else: nobody has
-# found otherwise.)
+# A value is a quotient of two polynomials with rational coefficients, each a dict {monomial:
+# coefficient}. A monomial is a sorted tuple of (name, exponent). Besides the variables a name may
+# be pi, e, i, or "√p" for a prime p, with i*i = -1 and √p*√p = p applied at once. That makes the
+# form of a polynomial unique, so two values are equal exactly when their quotients satisfy
+# a/b == c/d, that is a*d == c*b. (pi and e count as independent of all else: nobody has found
+# otherwise.)
 
 _ONE = {(): 1}
 
 
 def _exact(node, work: _Work) -> tuple[dict, dict]:
-    """node as (numerator, denominator). Raises _Inexact where it has no such form, _Undefined for 1/0."""
+    """node as (numerator, denominator).
+
+    Raises _Inexact where it has no such form, _Undefined for 1/0.
+    """
     if isinstance(node, (int, Fraction)):
         return ({(): node} if node else {}), _ONE
     if isinstance(node, str):
@@ -1187,7 +1274,10 @@ def _exact_power(top: dict, bottom: dict, n, work: _Work) -> tuple[dict, dict]:
 
 
 def _exact_root(value: Fraction, index: int, work: _Work) -> dict:
-    """A square root as a rational times a product of √p, or a root that comes out even; real for odd indices."""
+    """A square root as a rational times a product of √p, or a root that comes out even.
+
+    Real for odd indices.
+    """
     top, bottom = abs(value.numerator), value.denominator
     work.spend(20)
     if not value:
@@ -1211,7 +1301,7 @@ def _exact_root(value: Fraction, index: int, work: _Work) -> dict:
             outside *= root
         elif rest < 1000 * 1000:
             primes.append(rest)
-        else:                                                       # not known to be a product of different primes
+        else:  # not known to be a product of different primes
             raise _TooLarge if rest > 2 ** 100 else _Inexact
         names = [f"√{p}" for p in primes] + ["i"] * (value < 0)
         return {tuple(sorted((name, 1) for name in names)): outside}
@@ -1232,7 +1322,8 @@ def _exact_call(name: str, arguments: tuple, work: _Work) -> tuple[dict, dict]:
             raise _Inexact
         if isinstance(n, int) and 0 <= n <= 1000:
             return _exact(math.comb(n, k), work)
-        return _exact(("*", Fraction(1, math.factorial(k)), 1, *(("+", n, -j) for j in range(k))), work)
+        return _exact(("*", Fraction(1, math.factorial(k)), 1, *(("+", n, -j) for j in range(k))),
+                      work)
     if name not in ("root", "abs", "floor", "ceil", "factorial", "min", "max", "gcd", "lcm"):
         raise _Inexact
     values = [_rational(argument, work) for argument in arguments]
@@ -1247,28 +1338,35 @@ def _exact_call(name: str, arguments: tuple, work: _Work) -> tuple[dict, dict]:
         work.spend(values[0] if name == "factorial" else 50 * len(values))
     if name in ("min", "max"):
         return _exact(min(values) if name == "min" else max(values), work)
-    function = {"abs": abs, "floor": math.floor, "ceil": math.ceil, "factorial": math.factorial, "gcd": math.gcd,
-                "lcm": math.lcm}[name]
+    function = {"abs": abs, "floor": math.floor, "ceil": math.ceil, "factorial": math.factorial,
+                "gcd": math.gcd, "lcm": math.lcm}[name]
     return _exact(function(*values), work)
 
 
-# -------------------------------------------------------------------------------------------- numeric arithmetic
+# ------------------------------------------------------------------------------- numeric arithmetic
 #
-# Where no exact form exists: complex numbers as pairs of Decimals, in the precision of the current decimal context.
+# Where no exact form exists: complex numbers as pairs of Decimals, in the precision of the current
+# decimal context.
 
 _TRAPS = [decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Underflow]
-_LOW, _HIGH = (decimal.Context(prec=digits, Emax=99999, Emin=-99999, traps=_TRAPS) for digits in (30, 60))
-_PI = Decimal("3.1415926535897932384626433832795028841971693993751058209749445923078164062862089986280348253421170679")
+_LOW, _HIGH = (decimal.Context(prec=digits, Emax=99999, Emin=-99999, traps=_TRAPS)
+               for digits in (30, 60))
+_PI = Decimal("3.14159265358979323846264338327950288419716939937510"
+              "58209749445923078164062862089986280348253421170679")
 _0, _1 = Decimal(0), Decimal(1)
 
 
 def _random_points() -> list[tuple[Decimal, ...]]:
-    """Four real points and six whole ones, values for 12 variables each; signs and order differ in every way."""
+    """Four real points and six whole ones, values for 12 variables each.
+
+    Signs and order differ in every way.
+    """
     dice = random.Random(0)
     points = []
     for signs in ((1,), (-1,), (1, -1), (-1, -1, 1, 1)):
-        points.append(tuple(Decimal(signs[k % len(signs)] * dice.randint(10 ** 11, 24 * 10 ** 11)) / 10 ** 12
-                            for k in range(12)))
+        points.append(tuple(
+            Decimal(signs[k % len(signs)] * dice.randint(10 ** 11, 24 * 10 ** 11)) / 10 ** 12
+            for k in range(12)))
     for _ in range(3):
         whole = tuple(map(Decimal, dice.sample(range(4, 40, 3), 12)))
         points += [whole, tuple(43 - n for n in whole)]
@@ -1279,7 +1377,10 @@ _POINTS = _random_points()
 
 
 def _value(node, point: dict, work: _Work) -> tuple[Decimal, Decimal]:
-    """node as a complex number, its variables taken from `point`. Raises _Undefined or ArithmeticError."""
+    """node as a complex number, its variables taken from `point`.
+
+    Raises _Undefined or ArithmeticError.
+    """
     work.spend(2)
     if isinstance(node, int):
         return Decimal(node), _0
@@ -1301,7 +1402,8 @@ def _value(node, point: dict, work: _Work) -> tuple[Decimal, Decimal]:
     z = _value(node[1], point, work)
     if kind == "^":
         n = node[2]
-        if isinstance(n, Fraction) and n.denominator % 2 and not z[1] and z[0] < 0:     # (-8)^(2/3) = 4 is real
+        # (-8)^(2/3) = 4 is real
+        if isinstance(n, Fraction) and n.denominator % 2 and not z[1] and z[0] < 0:
             size = _pow((-z[0], _0), (Decimal(n.numerator) / n.denominator, _0), work)[0]
             return (-size if n.numerator % 2 else size), _0
         return _pow(z, _value(n, point, work), work)
@@ -1333,7 +1435,7 @@ def _pow(z, w, work: _Work):
     work.spend(50)
     if not w[1] and not z[1] and z[0] > 0:
         with decimal.localcontext() as context:
-            context.prec += 10                                      # the exponent's error counts in full
+            context.prec += 10  # the exponent's error counts in full
             power = (w[0] * z[0].ln()).exp()
         return +power, _0
     if not z[0] and not z[1]:
@@ -1377,7 +1479,7 @@ def _sqrt(z):
 def _sine_cosine(x: Decimal, work: _Work) -> tuple[Decimal, Decimal]:
     """Taylor series after reduction to [-pi, pi]."""
     work.spend(40)
-    if abs(x) > 10 ** 6:                                            # would need more digits of pi than we carry
+    if abs(x) > 10 ** 6:  # would need more digits of pi than we carry
         raise _Undefined
     with decimal.localcontext() as context:
         context.prec += 10
@@ -1391,13 +1493,16 @@ def _sine_cosine(x: Decimal, work: _Work) -> tuple[Decimal, Decimal]:
 
 
 def _atan2(y: Decimal, x: Decimal, work: _Work) -> Decimal:
-    """The angle of the point (x, y): halved until its tangent is small, then the series of the arcus tangent."""
+    """The angle of the point (x, y).
+
+    Halved until its tangent is small, then the series of the arcus tangent.
+    """
     work.spend(60)
     if not x and not y:
         raise _Undefined
     with decimal.localcontext() as context:
         context.prec += 10
-        if x < 0:                                                   # turn by half a circle: more accurate there
+        if x < 0:  # turn by half a circle: more accurate there
             turned = _atan2(-y, -x, work) if y else _0
             return turned + (_PI if y >= 0 else -_PI)
         t, doublings = y / ((x * x + y * y).sqrt() + x), 1          # the tangent of half the angle
@@ -1427,7 +1532,7 @@ def _call(name: str, arguments: list, work: _Work):
         index = arguments[1]
         if index == (2, 0):
             return _sqrt(z)
-        if index[0] % 2 and not index[1] and not z[1] and z[0] < 0:                     # odd roots are real
+        if index[0] % 2 and not index[1] and not z[1] and z[0] < 0:  # odd roots are real
             z = _pow((-z[0], _0), (1 / index[0], _0), work)
             return -z[0], _0
         return _pow(z, _div((_1, _0), index), work)
@@ -1436,12 +1541,13 @@ def _call(name: str, arguments: list, work: _Work):
     x, y = z[0], arguments[-1][0]
     if name in _ANGLES:
         sine, cosine = _sine_cosine(x, work)
-        top, bottom = {"sin": (sine, _1), "cos": (cosine, _1), "tan": (sine, cosine), "cot": (cosine, sine),
-                       "sec": (_1, cosine), "csc": (_1, sine)}[name]
+        top, bottom = {"sin": (sine, _1), "cos": (cosine, _1), "tan": (sine, cosine),
+                       "cot": (cosine, sine), "sec": (_1, cosine), "csc": (_1, sine)}[name]
         return top / bottom, _0
     if name in ("sinh", "cosh", "tanh"):
         up, down = x.exp(), (-x).exp()
-        top, bottom = {"sinh": (up - down, 2), "cosh": (up + down, 2), "tanh": (up - down, up + down)}[name]
+        top, bottom = {"sinh": (up - down, 2), "cosh": (up + down, 2),
+                       "tanh": (up - down, up + down)}[name]
         return top / bottom, _0
     if name == "arctan":
         return _atan2(x, _1, work), _0
@@ -1449,11 +1555,14 @@ def _call(name: str, arguments: list, work: _Work):
         other = (1 - x * x).sqrt()
         return _atan2(*((x, other) if name == "arcsin" else (other, x)), work), _0
     if name in ("floor", "ceil"):
-        return x.to_integral_value(decimal.ROUND_FLOOR if name == "floor" else decimal.ROUND_CEILING), _0
+        return x.to_integral_value(
+            decimal.ROUND_FLOOR if name == "floor" else decimal.ROUND_CEILING), _0
     if name in ("min", "max"):
         return (min if name == "min" else max)(argument[0] for argument in arguments), _0
-    if name in ("factorial", "binom") and 0 <= x <= 200 and 0 <= y <= 200 and x == int(x) and y == int(y):
-        return Decimal(math.factorial(int(x)) if name == "factorial" else math.comb(int(x), int(y))), _0
+    if (name in ("factorial", "binom") and 0 <= x <= 200 and 0 <= y <= 200
+            and x == int(x) and y == int(y)):
+        return Decimal(math.factorial(int(x)) if name == "factorial"
+                       else math.comb(int(x), int(y))), _0
     raise _Undefined
 
 
@@ -1467,10 +1576,10 @@ def _try_value(node, point: dict, context: decimal.Context, work: _Work):
 
 
 def _agree(a, b, point: dict, work: _Work) -> bool | None:
-    """Are two nodes equal at a point, judged in two precisions? None where one of them is undefined.
+    """Are two nodes equal at a point, judged in two precisions? None where one is undefined.
 
-    No tolerance says how small a difference may be: a true zero shrinks with the rounding error when the precision
-    doubles, any other difference stays.
+    No tolerance says how small a difference may be: a true zero shrinks with the rounding error
+    when the precision doubles, any other difference stays.
     """
     low_a, low_b = _try_value(a, point, _LOW, work), _try_value(b, point, _LOW, work)
     if low_a is None or low_b is None:
@@ -1479,20 +1588,24 @@ def _agree(a, b, point: dict, work: _Work) -> bool | None:
         context.clear_traps()
         low_gap = max(abs(low_a[0] - low_b[0]), abs(low_a[1] - low_b[1]))
         if low_gap > Decimal("1e-12") and low_gap > Decimal("1e-12") * max(map(abs, low_a + low_b)):
-            return False                                            # far more than rounding: no need to look closer
+            return False  # far more than rounding: no need to look closer
     high_a, high_b = _try_value(a, point, _HIGH, work), _try_value(b, point, _HIGH, work)
     if high_a is None or high_b is None:
         return None
     with decimal.localcontext(_HIGH) as context:
         context.clear_traps()
         gap = max(abs(high_a[0] - high_b[0]), abs(high_a[1] - high_b[1]))
-        return gap <= Decimal("1e-54") * max(map(abs, high_a + high_b)) or gap <= Decimal("1e-26") * low_gap
+        return (gap <= Decimal("1e-54") * max(map(abs, high_a + high_b))
+                or gap <= Decimal("1e-26") * low_gap)
 
 
-# ---------------------------------------------------------------------------------------------------- comparison
+# --------------------------------------------------------------------------------------- comparison
 
 def _same_value(a, b, work: _Work) -> bool:
-    """Are two values equal? Exactly if both have an exact form, else at random points in two precisions."""
+    """Are two values equal?
+
+    Exactly if both have an exact form, else at random points in two precisions.
+    """
     if a == b:
         return True
     work.spend(5)
@@ -1547,24 +1660,28 @@ def _same(a, b, work: _Work) -> bool:
         region_a, region_b = _region(a, work), _region(b, work)
         if region_a is not None and region_b is not None:
             return len(region_a) == len(region_b) and all(
-                x[1] == y[1] and x[3] == y[3] and _equal_ends(x[0], y[0]) and _equal_ends(x[2], y[2])
+                x[1] == y[1] and x[3] == y[3]
+                and _equal_ends(x[0], y[0]) and _equal_ends(x[2], y[2])
                 for x, y in zip(region_a, region_b))
-    if "seq" in kinds and "matrix" in kinds:                                            # a column vector as a tuple
+    if "seq" in kinds and "matrix" in kinds:  # a column vector as a tuple
         a, b = (a, b) if kind_b == "seq" else (b, a)
         return a[1] == 1 and b[1] == "()" and _same_parts(a, b, work)
     if "seq" in kinds and "list" in kinds:
         a, b = (a, b) if kind_b == "seq" else (b, a)
-        if all(_same(x, b, work) for x in a[1:]):                                       # (1,2) or (2/2,2)
+        if all(_same(x, b, work) for x in a[1:]):  # (1,2) or (2/2,2)
             return True
         values = [_after_name(x, work) for x in a[1:]]
-        return None not in values and b[1] == "()" and _same_parts(("list", *values), b, work)     # m = 3, b = 1
+        # m = 3, b = 1
+        return None not in values and b[1] == "()" and _same_parts(("list", *values), b, work)
     if kinds & {"list", "set", "all"} and not kinds & {"seq", "matrix"}:
-        items_a, items_b = (x[1:] if k in ("list", "set", "all") else (x,) for x, k in ((a, kind_a), (b, kind_b)))
+        items_a, items_b = (x[1:] if k in ("list", "set", "all") else (x,)
+                            for x, k in ((a, kind_a), (b, kind_b)))
         return _same_items(items_a, items_b, "set" in kinds or "value" in kinds, work)
-    if "ratio" in kinds and kinds <= {"ratio", "value"}:                                # 3:4 is 6:8 and 3/4
+    if "ratio" in kinds and kinds <= {"ratio", "value"}:  # 3:4 is 6:8 and 3/4
         x, y = (n[1:] if k == "ratio" else (n, 1) for n, k in ((a, kind_a), (b, kind_b)))
-        return len(x) == len(y) and all(_same_value(("*", x[k], y[k + 1]), ("*", x[k + 1], y[k]), work)
-                                        for k in range(len(x) - 1))
+        return len(x) == len(y) and all(
+            _same_value(("*", x[k], y[k + 1]), ("*", x[k + 1], y[k]), work)
+            for k in range(len(x) - 1))
     if kinds == {"based", "value"}:                                                     # P13
         based, value = (a, b) if kind_a == "based" else (b, a)
         return isinstance(value, int) and based[1] == str(value)
@@ -1587,7 +1704,8 @@ def _same_items(xs: tuple, ys: tuple, repetition: bool, work: _Work) -> bool:
                 and all(any(_same(x, y, work) for x in xs) for y in ys))
     rest = list(ys)
     for x in xs:
-        match = rest.index(x) if x in rest else next((k for k, y in enumerate(rest) if _same(x, y, work)), None)
+        match = rest.index(x) if x in rest else next(
+            (k for k, y in enumerate(rest) if _same(x, y, work)), None)
         if match is None:
             return False
         del rest[match]
@@ -1595,7 +1713,10 @@ def _same_items(xs: tuple, ys: tuple, repetition: bool, work: _Work) -> bool:
 
 
 def _after_name(node, work: _Work):
-    """What stands after a name (P7): 5 of x = 5, f(x) = 5 and x = 2 + 3 = 5; S of x in S. None without a name."""
+    """What stands after a name (P7): 5 of x = 5, f(x) = 5 and x = 2 + 3 = 5; S of x in S.
+
+    None without a name.
+    """
     if _kind(node) != "rel" or set(node[1]) not in ({"="}, {"in"}):
         return None
     terms = node[2:]
@@ -1612,13 +1733,14 @@ def _is_name(node) -> bool:
         return node not in _CONSTANTS
     return isinstance(node, tuple) and (
         (node[0] == "seq" and all(map(_is_name, node[2:])))
-        or (node[0] == "*" and all(isinstance(x, str) and len(x) == 1 and x.isupper() for x in node[1:])))
+        or (node[0] == "*" and all(
+            isinstance(x, str) and len(x) == 1 and x.isupper() for x in node[1:])))
 
 
 def _same_relation(a: tuple, b: tuple, work: _Work) -> bool:
     """Equal term by term, or one equation or inequality a constant multiple of the other (P11)."""
-    a, b = (("rel", tuple(_FLIPPED[sign] for sign in r[1][::-1]), *r[:1:-1]) if r[1][0] in (">", ">=") else r
-            for r in (a, b))
+    a, b = (("rel", tuple(_FLIPPED[sign] for sign in r[1][::-1]), *r[:1:-1])
+            if r[1][0] in (">", ">=") else r for r in (a, b))
     if a[1] != b[1]:
         return False
     if _same_parts(a, b, work):
@@ -1627,8 +1749,10 @@ def _same_relation(a: tuple, b: tuple, work: _Work) -> bool:
         return False
     f, g = (("+", r[2], ("-", r[3])) for r in (a, b))
     names = sorted(_names(f, _names(g, set())))
-    # f = c g with a constant c means f(x) g(p) = g(x) f(p) for all x and one point p where neither is zero.
-    f_p, g_p = (_at(node, {name: Fraction(7 + 4 * k, 5) for k, name in enumerate(names)}) for node in (f, g))
+    # f = c g with a constant c means f(x) g(p) = g(x) f(p) for all x and one point p where neither
+    # is zero.
+    f_p, g_p = (_at(node, {name: Fraction(7 + 4 * k, 5) for k, name in enumerate(names)})
+                for node in (f, g))
     if not names or _same_value(f_p, 0, work) or _same_value(g_p, 0, work) or not _same_value(
             ("*", f, g_p), ("*", g, f_p), work):
         return False
@@ -1643,18 +1767,20 @@ def _at(node, values: dict):
     return values.get(node, node) if isinstance(node, str) else node
 
 
-# ------------------------------------------------------------------------------------------- regions of the line
+# ------------------------------------------------------------------------------ regions of the line
 #
-# A region is a sorted list of disjoint intervals (low end, is it in, high end, is it in), the ends Decimals.
+# A region is a sorted list of disjoint intervals (low end, is it in, high end, is it in), the ends
+# Decimals.
 
 _INFINITE = Decimal("Infinity")
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "in": "in"}
 
 
 def _is_region(node) -> bool:
-    """Does the answer describe a part of the real line? (A pair alone may be an interval or a point.)"""
+    """Does the answer describe a part of the real line? (A pair alone may be a point.)"""
     kind = _kind(node)
-    return (node == "ℝ" or kind in ("union", "minus", "all") or (kind == "rel" and bool(set(node[1]) & _INEQUALITIES))
+    return (node == "ℝ" or kind in ("union", "minus", "all")
+            or (kind == "rel" and bool(set(node[1]) & _INEQUALITIES))
             or (kind == "list" and all(map(_is_region, node[1:]))))
 
 
@@ -1686,11 +1812,14 @@ def _region(node, work: _Work) -> list | None:
         return _merged(sum(parts, []))
     if kind == "minus":
         parts[1] = _complement(parts[1])
-    return _complement(_merged(sum(map(_complement, parts), [])))                       # the intersection
+    return _complement(_merged(sum(map(_complement, parts), [])))  # the intersection
 
 
 def _half_line(left, sign: str, right, work: _Work) -> list | None:
-    """Solve an inequality for its one variable if it is linear: f(x) = a x + b exactly if four points say so."""
+    """Solve an inequality for its one variable if it is linear.
+
+    f(x) = a x + b exactly if four points say so.
+    """
     f = ("+", left, ("-", right))
     names = _names(f, set())
     if len(names) != 1 or sign == "in" or _kind(left) != "value" or _kind(right) != "value":
@@ -1727,7 +1856,8 @@ def _equal_ends(x: Decimal, y: Decimal) -> bool:
 def _merged(intervals: list) -> list:
     """The union of intervals: sort them and join those that touch."""
     out = []
-    for low, low_in, high, high_in in sorted(intervals, key=lambda interval: (interval[0], not interval[1])):
+    for low, low_in, high, high_in in sorted(
+            intervals, key=lambda interval: (interval[0], not interval[1])):
         if low == high and not (low_in and high_in):
             continue
         if out and (low < out[-1][2] or (_equal_ends(low, out[-1][2]) and (low_in or out[-1][3]))):

@@ -1,11 +1,12 @@
-"""The claim, in small: SA-GRPO against plain GRPO on the embedded model, same base, same seeds, equal steps; PPO likewise.
+"""SA-GRPO against plain GRPO on the embedded model: same base, same seeds, equal steps.
 
-    python -m bench.seeds                      # three seeds of both, about half an hour on two cores
-    python -m bench.seeds --algorithm ppo      # the same for SA-PPO and PPO, about 20 minutes
+    python -m bench.seeds                      # three seeds of both: half an hour on two cores
+    python -m bench.seeds --algorithm ppo      # SA-PPO and PPO: about 20 minutes
     python -m bench.seeds --table              # only the table of what is there
 
-Runs are runs/seeds-{grpo,ppo}-{vr,sar}-s{0,1,2}, one thread each and as many at a time as there are cores; finished ones are kept
-and unfinished ones resumed. Any further flags go to the training script of runs that are begun.
+Runs are runs/seeds-{grpo,ppo}-{vr,sar}-s{0,1,2}, one thread each, as many at a time as there are
+cores. Finished ones are kept and unfinished ones resumed. Further flags go to the training script
+of runs that are begun.
 """
 
 import argparse
@@ -14,44 +15,44 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from statistics import mean, stdev
 from threading import Event
 
 from tqdm import tqdm
 
+from data.files import read_json
 from evaluate import aes
-from runtime import HERE, RUNS, user_errors
+from runtime.errors import user_errors
+from runtime.runs import HERE, RUNS
 
 
-def lines(path) -> list[dict]:
+def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def steps_of(run: str) -> int | None:
-    """How many steps runs/RUN is to have; None where it is not begun."""
-    path = RUNS / run / "config.json"
-    return json.loads(path.read_text())["settings"]["steps"] if path.exists() else None
+def steps_of(name: str) -> int | None:
+    """How many steps runs/NAME is to have; None where it is not begun."""
+    path = RUNS / name / "config.json"
+    return read_json(path)["settings"]["steps"] if path.exists() else None
 
 
 def run_one(algorithm: str, name: str, flags: list[str]) -> None:
     """runs/NAME, begun, or resumed, or left alone where it is finished."""
-    command = [sys.executable, f"train_sa_{algorithm}.py", "--run", name]
-    if steps := steps_of(name):
-        if (RUNS / name / f"step_{steps:06d}" / "state.json").exists():
-            return
-        command.append("--resume")
-    else:
-        command += flags
-    with open(RUNS / f"{name}.log", "a") as log:
-        code = subprocess.run(
-            command, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
-        ).returncode
-    if code:
-        raise ValueError(f"run {name} ended with status {code}: see {RUNS / f'{name}.log'}")
+    command = [sys.executable, f"train_sa_{algorithm}.py", "--name", name]
+    steps = steps_of(name)
+    if steps and (RUNS / name / f"step_{steps:06d}" / "state.json").exists():
+        return
+    command += ["--resume"] if steps else flags
+    path, one_thread = RUNS / f"{name}.log", os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(path, "a") as log:
+        done = subprocess.run(command, cwd=HERE, env=one_thread, stdout=log, stderr=log)
+    if done.returncode:
+        raise ValueError(f"run {name} ended with status {done.returncode}: see {path}")
 
 
 def run_all(runs: list[tuple[str, str, list[str]]], jobs: int) -> None:
-    """Every (algorithm, name, flags), `jobs` at a time. After a failure or Ctrl-C none is begun any more."""
+    """Every (algorithm, name, flags), `jobs` at a time. A failure or Ctrl-C begins no more."""
     RUNS.mkdir(exist_ok=True)
     stopped = Event()
 
@@ -74,19 +75,22 @@ def run_all(runs: list[tuple[str, str, list[str]]], jobs: int) -> None:
 
 
 def collect(names: dict[str, list[str]]) -> tuple[dict, dict[str, list[dict]]]:
-    """The base's evaluation, and for each row of a table those at the end of its finished runs; names: {row: names of runs}."""
+    """The base's evaluation, and those at the end of the finished runs of each row of a table.
+
+    names: {row: names of runs}. Raises ValueError where the runs cannot be compared.
+    """
     base, ends = None, {}
     for row, runs in names.items():
-        for run in runs:
-            evals = lines(RUNS / run / "evals.jsonl")
+        for name in runs:
+            evals = lines(RUNS / name / "evals.jsonl")
             base = base or next(iter(evals), None)
-            if evals and evals[-1]["step"] == steps_of(run):
+            if evals and evals[-1]["step"] == steps_of(name):
                 ends.setdefault(row, []).append(evals[-1])
-    steps = {e["step"] for last in ends.values() for e in last}
-    if len(steps) != 1:
-        raise ValueError(
-            f"the runs end at different steps ({sorted(steps)}), or none of them is finished"
-        )
+    steps = {end["step"] for row in ends.values() for end in row}
+    if not steps:
+        raise ValueError("none of the runs is finished")
+    if len(steps) > 1:
+        raise ValueError(f"the runs end at different steps: {sorted(steps)}")
     return base, ends
 
 
@@ -95,9 +99,9 @@ def standard_error(values: list[float]) -> float:
 
 
 def spread(values: list[float], form: str) -> str:
-    return f"{mean(values):{form}}" + (
-        f" ± {standard_error(values):{form}}" if len(values) > 1 else ""
-    )
+    """mean ± standard error, or the only value."""
+    error = f" ± {standard_error(values):{form}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{error}"
 
 
 def table(base: dict, ends: dict[str, list[dict]]) -> str:
@@ -107,49 +111,41 @@ def table(base: dict, ends: dict[str, list[dict]]) -> str:
         f"| base | {100 * base['accuracy']:.1f} | {base['length']:.1f} | | |",
     ]
     for name, last in ends.items():
-        rows.append(
-            f"| {name} | {spread([100 * e['accuracy'] for e in last], '.1f')} | {spread([e['length'] for e in last], '.1f')} | "
-            f"{spread([aes(e, base) for e in last], '.2f')} | {len(last)} |"
-        )
+        accuracy = spread([100 * end["accuracy"] for end in last], ".1f")
+        length = spread([end["length"] for end in last], ".1f")
+        efficiency = spread([aes(end, base) for end in last], ".2f")
+        rows.append(f"| {name} | {accuracy} | {length} | {efficiency} | {len(last)} |")
     step = next(iter(ends.values()))[0]["step"]
-    return "\n".join(
-        [
-            *rows,
-            f"\nAfter {step} steps; {base['problems']} held-out problems, greedy; mean ± standard error.",
-        ]
+    what = f"{base['problems']} held-out problems, greedy; mean ± standard error."
+    return "\n".join([*rows, f"\nAfter {step} steps; {what}"])
+
+
+def study_parser(description: str) -> argparse.ArgumentParser:
+    """The flags of every study that trains; it does not take a prefix of one for the flag."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=layout, allow_abbrev=False
     )
+    parser.add_argument("--seeds", type=int, default=3)
+    jobs = "runs at a time, one thread each (default: one per core)"
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help=jobs)
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = study_parser(__doc__)
     parser.add_argument("--algorithm", choices=("grpo", "ppo"), default="grpo")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each"
-    )
     parser.add_argument("--table", action="store_true", help="train nothing")
     args, flags = parser.parse_known_args()
-    names = {
-        reward: [f"seeds-{args.algorithm}-{reward}-s{seed}" for seed in range(args.seeds)]
-        for reward in ("vr", "sar")
-    }
+    names, runs = {"vr": [], "sar": []}, []
+    for seed in range(args.seeds):
+        for reward in names:
+            name = f"seeds-{args.algorithm}-{reward}-s{seed}"
+            names[reward].append(name)
+            own = ["--reward", reward, "--seed", str(seed), *flags]
+            runs.append((args.algorithm, name, own))
     if not args.table:
-        run_all(
-            [
-                (
-                    args.algorithm,
-                    names[reward][seed],
-                    ["--reward", reward, "--seed", str(seed), *flags],
-                )
-                for seed in range(args.seeds)
-                for reward in names
-            ],
-            args.jobs,
-        )
+        run_all(runs, args.jobs)
     title = args.algorithm.upper()
     print(table(*collect({title: names["vr"], f"SA-{title}": names["sar"]})))
 

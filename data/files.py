@@ -1,4 +1,4 @@
-"""Files from outside: JSON objects and safetensors, opened with one sentence for what is wrong."""
+"""Files from outside: JSON objects, safetensors. What is wrong with one is said in a sentence."""
 import hashlib
 import json
 import os
@@ -26,13 +26,18 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def open_tensors(path: Path):
-    """Open a safetensors file. Raises ValueError where its length and its header disagree."""
+def open_tensors(path: Path) -> safe_open:
+    """Open a safetensors file. Raises FileNotFoundError or ValueError that names the file.
+
+    Only the header is read; ValueError where the file's length and its header disagree.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         what = f"{path} is truncated or not a safetensors file ({one_line(error)})"
-        raise ValueError(f"{what}: fetch it again") from None
+        raise ValueError(f"{what}: copy the file again") from None
 
 
 def file_sha256(path: Path) -> str:

@@ -1,5 +1,6 @@
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,8 @@ def model():
 @pytest.fixture
 def prompts(tokenizer):
     """Eight real prompts of mixed lengths."""
-    from data.make_tiny import tiny_problems
     from data.prompts import encode_prompt
+    from data.tiny_world import tiny_problems
 
     return [encode_prompt(tokenizer, p.question) for p in tiny_problems("test")[:8]]
 
@@ -41,3 +42,15 @@ def rng():
     print(f"seed {seed}")
     torch.manual_seed(seed)
     return random.Random(seed)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """The folder that takes the place of runs/; signal handlers are put back."""
+    from runtime import runs as module
+
+    monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path / "runs"
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

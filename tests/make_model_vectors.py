@@ -1,10 +1,10 @@
-"""Writes tests/model_vectors/: what transformers computes on small models of the five families, for test_model.py.
+"""Writes tests/model_vectors/ for test_model.py: what transformers computes on small models.
 
-    python tests/make_model_vectors.py          # from the repository's root; needs transformers (requirements-dev.txt)
+    python tests/make_model_vectors.py    # from the repository's root; see requirements-dev.txt
 
-Each case is a config.json (as transformers writes it) with the shapes of its tensors, in cases.json, and the float32
-logits, computed with attention written out ("eager"), in logits.safetensors. Weights and tokens are not stored:
-`weights` and `tokens` make them again from numpy's frozen RandomState streams.
+Each case is a config.json (as transformers writes it) with the shapes of its tensors, in
+cases.json, and the float32 logits, computed with eager attention, in logits.safetensors. Weights
+and tokens are not stored: `weights` and `tokens` make them from numpy's frozen RandomState streams.
 """
 
 import json
@@ -121,10 +121,7 @@ def main():
             saved = json.loads(Path(folder, "config.json").read_text())
         cases[name] = {"config": saved, "shapes": shapes, "seed": seed}
         missing, unknown = model.load_state_dict(weights(shapes, seed), strict=False)
-        assert not unknown and set(missing) <= {"lm_head.weight"}, (
-            missing,
-            unknown,
-        )  # a tied head is not stored
+        assert not unknown and set(missing) <= {"lm_head.weight"}  # a tied head is not stored
         with torch.no_grad():
             logits[name] = model(tokens(seed)).logits.contiguous()  # (1, LENGTH, V)
     VECTORS.mkdir(exist_ok=True)

@@ -1,26 +1,24 @@
-"""bench/: what the studies compute from runs and texts; the training itself is test_train_grpo.py's."""
+"""bench/: what the studies compute from runs and texts. Training is in test_train_grpo.py."""
 
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bench import pareto, seeds
 from bench.ranking import read_gsm8k, variants
 
-# made up, in GSM8K's published form
-GSM8K = [
-    (
-        "A cook has 3 boxes of 4 eggs and breaks 2. How many are whole?",
-        "There are 3*4=<<3*4=12>>12 eggs.\nOf 12, 12-2=<<12-2=10>>10 are whole.\n#### 10",
-    ),
-    (
-        "A ride costs $1,250. Two friends share. What does each pay?",
-        "One pays $1250/2=$<<1250/2=625>>625.\nSo each pays $625.\n#### 625",
-    ),
-    ("What is 1+1?", "1+1=2\n#### 2"),
-]
+EGGS = (
+    "A cook has 3 boxes of 4 eggs and breaks 2. How many are whole?",
+    "There are 3*4=<<3*4=12>>12 eggs.\nOf 12, 12-2=<<12-2=10>>10 are whole.\n#### 10",
+)
+RIDE = (
+    "A ride costs $1,250. Two friends share. What does each pay?",
+    "One pays $1250/2=$<<1250/2=625>>625.\nSo each pays $625.\n#### 625",
+)
+GSM8K = [EGGS, RIDE, ("What is 1+1?", "1+1=2\n#### 2")]  # made up, in GSM8K's published form
 
 
 @pytest.fixture
@@ -33,26 +31,19 @@ def data(tmp_path):
 def test_variants_by_hand(data):
     problems = read_gsm8k(data, 2)
     texts = variants(*problems[0], "other", random.Random(1))
-    assert (
-        texts["concise"]
-        == "There are 3*4=12 eggs.\nOf 12, 12-2=10 are whole.\nThe final answer is \\boxed{10}."
-    )
-    assert (
-        texts["answer only"] == "The final answer is \\boxed{10}." and texts["off-topic"] == "other"
-    )
+    steps, end = ["There are 3*4=12 eggs.", "Of 12, 12-2=10 are whole."], "The final answer is"
+    assert texts["concise"] == "\n".join([*steps, f"{end} \\boxed{{10}}."])
+    assert texts["answer only"] == f"{end} \\boxed{{10}}."
+    assert texts["off-topic"] == "other"
     restated = texts["restated only"]
-    assert restated.startswith(
-        "Let me first restate the problem. A cook has"
-    ) and restated.endswith(texts["concise"])
+    assert restated.startswith("Let me first restate the problem. A cook has")
+    assert restated.endswith(texts["concise"])
     for name in ("re-checked only", "restated and re-checked"):
-        for step in ("There are 3*4=12 eggs.", "Of 12, 12-2=10 are whole."):
-            assert texts[name].count(step) == 2
+        assert [texts[name].count(step) for step in steps] == [2, 2]
     a, b = (int(texts["wrong"].split("=")[i].split()[0]) for i in (1, 2))
     assert a != 12 and b != 10  # both results, and every later use of them
-    assert (
-        texts["wrong"]
-        == f"There are 3*4={a} eggs.\nOf {a}, {a}-2={b} are whole.\nThe final answer is \\boxed{{{b}}}."
-    )
+    wrong = [f"There are 3*4={a} eggs.", f"Of {a}, {a}-2={b} are whole."]
+    assert texts["wrong"] == "\n".join([*wrong, f"{end} \\boxed{{{b}}}."])
     money = variants(*problems[1], "", random.Random(2))["wrong"]
     assert "625" not in money and "$1250/2" in money
 
@@ -66,14 +57,8 @@ def test_gsm8k_files_that_are_not(data, tmp_path):
 
 
 def test_pareto_front_by_hand():
-    points = {
-        "a": (20, 90),
-        "b": (30, 95),
-        "c": (25, 80),
-        "d": (100, 95),
-        "e": (20, 85),
-        "f": (200, 99),
-    }
+    points = {"a": (20, 90), "b": (30, 95), "c": (25, 80)}
+    points |= {"d": (100, 95), "e": (20, 85), "f": (200, 99)}
     assert pareto.pareto_front(points) == [(20, 90), (30, 95), (200, 99)]
     assert pareto.pareto_front({"base": (5, 1)}) == [(5, 1)]
 
@@ -85,37 +70,24 @@ def runs(tmp_path, monkeypatch):
     return tmp_path / "runs"
 
 
-def write_run(
-    folder: Path,
-    accuracy: float,
-    length: float,
-    steps: int = 100,
-    asked: int | None = None,
-    logged: int = 2,
-    kl: float | None = 0.1,
-):
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_run(folder, accuracy, length, steps=100, asked=None, logged=2, kl=0.1):
+    """A run of which `asked` steps are wanted, `steps` evaluated and `logged` logged."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"settings": {"steps": asked or steps}}))
-    evals = [
-        {"step": 0, "problems": 10, "accuracy": 0.5, "length": 100.0},
-        {"step": steps, "problems": 10, "accuracy": accuracy, "length": length},
-    ]
-    (folder / "evals.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evals))
-    metrics = [
-        {
-            "step": i,
-            "accuracy": accuracy,
-            "length_mean": length,
-            "r_sa_mean": 0.1 * i,
-            "entropy": 1.0,
-            "kl": kl,
-        }
-        for i in range(1, logged + 1)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    before = {"step": 0, "problems": 10, "accuracy": 0.5, "length": 100.0}
+    after = {"step": steps, "problems": 10, "accuracy": accuracy, "length": length}
+    write_lines(folder / "evals.jsonl", [before, after])
+    row = {"accuracy": accuracy, "length_mean": length, "r_sa_mean": 0.1, "entropy": 1.0}
+    row |= {"kl": kl, "mismatch_mean": 1e-6}
+    write_lines(folder / "metrics.jsonl", [{"step": i + 1, **row} for i in range(logged)])
 
 
-def test_the_study_counts_finished_runs_only_and_draws(runs, tmp_path):
+def write_study(runs: Path) -> None:
+    """Two finished seeds of GRPO and SAR 0.2, and runs that are not finished."""
     for seed, (accuracy, length) in enumerate([(0.8, 90), (0.9, 110)]):
         write_run(runs / f"pareto-grpo-s{seed}", accuracy, length)
         write_run(runs / f"pareto-sar-0.2-s{seed}", accuracy, length / 5)
@@ -124,45 +96,50 @@ def test_the_study_counts_finished_runs_only_and_draws(runs, tmp_path):
     evals.write_text(evals.read_text().splitlines()[0] + "\n")  # only begun
     write_run(runs / "pareto-o1-s0", 0.7, 50, steps=50, asked=100)  # half way
     write_run(runs / "pareto-sar-0.2-s2", 0.1, 500, steps=50, asked=100, logged=1)
+
+
+def test_the_study_counts_finished_runs_only(runs):
     names = pareto.run_names(3, False)
+    with pytest.raises(ValueError, match="none of the runs is finished"):
+        seeds.collect(names)
+    write_study(runs)
     base, ends = seeds.collect(names)
     assert {name: len(last) for name, last in ends.items()} == {"GRPO": 2, "SAR 0.2": 2}
     rows = seeds.table(base, ends).splitlines()
     assert rows[2] == "| base | 50.0 | 100.0 | | |"
-    assert (
-        rows[3] == "| GRPO | 85.0 ± 5.0 | 100.0 ± 10.0 | 3.50 ± 0.40 | 2 |"
-    )  # AES: 5 * 0.3 / 0.5 + 0.1 and 5 * 0.4 / 0.5 - 0.1
+    # AES of the two seeds of GRPO: 5 * 0.3 / 0.5 + 0.1 and 5 * 0.4 / 0.5 - 0.1
+    assert rows[3] == "| GRPO | 85.0 ± 5.0 | 100.0 ± 10.0 | 3.50 ± 0.40 | 2 |"
     assert rows[4] == "| SAR 0.2 | 85.0 ± 5.0 | 20.0 ± 2.0 | 4.30 ± 0.48 | 2 |"
     write_run(runs / "pareto-er-s0", 0.7, 50, steps=7)
-    with pytest.raises(ValueError, match="end at different steps"):
+    with pytest.raises(ValueError, match=r"end at different steps: \[7, 100\]"):
         seeds.collect(names)
+
+
+def test_the_study_draws(runs, tmp_path):
     plt = pytest.importorskip("matplotlib.pyplot")
-    plt.switch_backend("svg")
-    pareto.draw_pareto(plt, base, ends, tmp_path / "a.svg")
-    drawn = {
-        (round(line.get_xdata()[0], 6), round(line.get_ydata()[0], 6))
-        for line in plt.gcf().axes[0].lines
-        if len(line.get_xdata()) == 1
-    }
+    write_study(runs)
+    names = pareto.run_names(3, False)
+    pareto.draw_pareto(*seeds.collect(names), tmp_path / "a.svg")
+    drawn = set()
+    for line in plt.gcf().axes[0].lines:
+        if len(line.get_xdata()) == 1:  # a point
+            drawn.add((round(line.get_xdata()[0], 6), round(line.get_ydata()[0], 6)))
     assert drawn >= {(100, 50), (100, 85), (20, 85)}  # base, GRPO, SAR
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+    log = pareto.mean_log(names["SAR 0.2"])  # the unfinished one is left out
+    assert [row["step"] for row in log] == [1, 2]
+    assert [row["length_mean"] for row in log] == [20, 20]
     write_run(runs / "pareto-em-s0", 0.3, 7, kl=None)
-    pareto.draw_curves(plt, {name: names[name] for name in (*ends, "EM")}, tmp_path / "b.svg")
-    accuracy, *_, kl = [panel.lines for panel in plt.gcf().axes[:5]]
-    assert [list(line.get_ydata()) for line in accuracy] == [pytest.approx([0.85, 0.85])] * 2 + [
-        pytest.approx([0.3, 0.3])
-    ]  # the unfinished one left out
-    assert [line.get_label() for line in kl] == ["GRPO", "SAR 0.2"]
-    assert all("<svg" in (tmp_path / name).read_text() for name in ("a.svg", "b.svg"))
+    assert [row["kl"] for row in pareto.mean_log(names["EM"])] == [None, None]
 
 
-def test_finished_runs_are_kept_unfinished_ones_resumed_and_failures_end_the_study(
-    runs, monkeypatch
-):
+def test_finished_runs_are_kept_unfinished_resumed_and_failures_end_the_study(runs, monkeypatch):
     commands = []
 
     def fake(command, **kwargs):
+        assert command[1:3] == ["train_sa_grpo.py", "--name"]
         commands.append(command[3:])
-        return type("done", (), {"returncode": 3 if command[3] == "bad" else 0})
+        return SimpleNamespace(returncode=3 if command[3] == "bad" else 0)
 
     monkeypatch.setattr(seeds.subprocess, "run", fake)
     for name, done in (("finished", True), ("killed", False)):

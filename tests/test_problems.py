@@ -1,8 +1,9 @@
-"""data/problems.py: files of our own, made-up copies of the published ones, and the real ones where SA_SHARED names them."""
+"""data/problems.py: our own files, made-up published ones, and, with SA_SHARED, the real ones."""
 
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -13,11 +14,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import TINY
 
 from data import problems
-from data.problems import Problem, load_problems
+from data.problems import Problem, batch_of, load_problems, shuffled, training_problems
 
 SHARED = os.environ.get("SA_SHARED")
+FIRST_HELD_OUT = 7
+SHUFFLED = (1, 0, 3, 4, 2)
+BATCH = ["d", "e", "b", "c"]
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +51,7 @@ def refusal(name, *args) -> str:
     return text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# JSONL
+# ---- JSONL ----
 
 
 def test_question_or_problem_and_answer(place):
@@ -65,7 +69,7 @@ def test_question_or_problem_and_answer(place):
 
 
 def test_gsm8k_keeps_only_the_reference(place):
-    solution = "She earns 2 * 3 = $<<2*3=6>>6,000 a day.\nThat is 6,000 * 5 = <<6000*5=30000>>30,000.\n#### "
+    solution = "She earns 2 * 3 = $<<2*3=6>>6,000 a day.\nThat is <<6000*5=30000>>30,000.\n#### "
     answers = ["30,000", "-5", "$12", "0.5", "<<1+1=2>>2", "3\n"]
     path = jsonl(
         place / "a.jsonl", *({"question": "q", "answer": solution + answer} for answer in answers)
@@ -93,7 +97,7 @@ def test_marks_stay_where_there_is_no_gsm8k_reference(place):
     ],
 )
 def test_numbers_become_text(place, written, text):
-    path = jsonl(place / "a.jsonl", '{"question": "q", "answer": %s}' % written)
+    path = jsonl(place / "a.jsonl", f'{{"question": "q", "answer": {written}}}')
     assert load_problems(path)[0].answer == text
 
 
@@ -122,9 +126,9 @@ GOOD = {"question": "q", "answer": "1"}
         ('"text"', "str"),
         ("null", "NoneType"),
         ("[" * 100_000, "JSON"),
-        ('{"question": "q", "answer": NaN}', "NaN"),
-        ('{"question": "q", "answer": 1e999}', "too large"),
-        ('{"question": "q", "answer": -Infinity}', "Infinity"),
+        ('{"question": "q", "answer": NaN}', "answer is neither text nor a number: nan"),
+        ('{"question": "q", "answer": 1e999}', "inf"),
+        ('{"question": "q", "answer": -Infinity}', "-inf"),
         ('{"question": "q", "answer": %s}' % ("9" * 10_000), "JSON"),
         ({"question": "q"}, "question (or problem) and answer"),
         ({"answer": "1"}, "question (or problem) and answer"),
@@ -135,9 +139,9 @@ GOOD = {"question": "q", "answer": "1"}
         ({"question": "q", "answer": ""}, "answer is blank"),
         ({"question": "q", "answer": "worked out\n#### "}, "answer is blank"),
         ({"question": "q", "answer": "#### <<1+1>>"}, "answer is blank"),
-        ({"question": "q", "answer": True}, "bool"),
-        ({"question": "q", "answer": ["1"]}, "list"),
-        ({"question": 5, "answer": "1"}, "question is a int"),
+        ({"question": "q", "answer": True}, "True"),
+        ({"question": "q", "answer": ["1"] * 1000}, "['1', '1'"),
+        ({"question": 5, "answer": "1"}, "question is neither text nor a number: 5"),
         ({"question": "q \ud83d", "answer": "1"}, "half a character"),
         ({"question": "q", "answer": "\udc00"}, "half a character"),
     ],
@@ -162,14 +166,6 @@ def test_what_is_no_text_is_named(place, body):
     assert f"{place / 'a.jsonl'}, line 2" in refusal(str(place / "a.jsonl"))
 
 
-def test_a_line_without_end_is_not_read_into_memory(place, monkeypatch):
-    monkeypatch.setattr(problems, "MAX_LINE", 1000)
-    path = jsonl(place / "a.jsonl", GOOD, {"question": "q" * 2000, "answer": 1})
-    assert "line 2 is longer" in refusal(path)
-    path = jsonl(place / "b.jsonl", {"question": "q" * 900, "answer": 1}, GOOD)
-    assert len(load_problems(path)) == 2
-
-
 @pytest.mark.parametrize("body", [b"", b"\n\n \r\n", b"\xef\xbb\xbf"])
 def test_an_empty_file(place, body):
     (place / "a.jsonl").write_bytes(body)
@@ -185,7 +181,7 @@ def test_what_is_no_file(place):
     assert "regular file" in refusal(str(place))
     assert "regular file" in refusal("/dev/zero")
     text = refusal("nosuch.jsonl")
-    assert "neither a file nor one of the names" in text and "gsm8k" in text
+    assert "neither a file nor one of" in text and "gsm8k" in text
     assert "neither a file" in refusal("")
 
 
@@ -214,8 +210,7 @@ def test_any_problems_survive_the_way_through_a_file(place):
     assert got == expected
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# answers of published solutions
+# ---- answers of published solutions ----
 
 
 @pytest.mark.parametrize(
@@ -267,22 +262,21 @@ def test_which_answers_are_numbers(answer, number):
     assert problems.is_number(answer) == number
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# published files, made up
+# ---- published files, made up ----
 
 
 @pytest.fixture
 def publish(place, monkeypatch):
     """publish(name, body) puts a file where $SA_DATA is and its SHA-256 on record."""
     monkeypatch.setenv("SA_DATA", str(place / "raw"))
-    files = dict(problems.FILES)
-    monkeypatch.setattr(problems, "FILES", files)
+    files = dict(problems.PUBLISHED)
+    monkeypatch.setattr(problems, "PUBLISHED", files)
 
     def put(name: str, body: bytes) -> Path:
         path = place / "raw" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(body)
-        files[name] = (files[name][0], hashlib.sha256(body).hexdigest())
+        files[name] = {"url": files[name]["url"], "sha256": hashlib.sha256(body).hexdigest()}
         return path
 
     return put
@@ -382,8 +376,7 @@ def test_math_archive(publish, capsys):
 
 def test_numina(publish, place, capsys, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     rng = random.Random()
 
     def row(**changes):
@@ -416,7 +409,7 @@ def test_numina(publish, place, capsys, monkeypatch):
     rng.shuffle(rows)
     for i, name in enumerate(problems.NUMINA):
         body = io.BytesIO()
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[i::3]), body)
+        parquet.write_table(pyarrow.Table.from_pylist(rows[i::3]), body)
         publish(name, body.getvalue())
     train, test = load_problems("numina"), load_problems("numina", "test")
     assert (len(train), len(test)) == (184, 16) and load_problems("numina") == train
@@ -451,10 +444,7 @@ def test_logicbench_choices_become_letters(publish):
         "choices": {"choice_1": "yes", "choice_2": "no"},
     }
     for axiom in problems.LOGICBENCH:
-        publish(
-            f"logicbench/MCQA/{axiom}/data_instances.json",
-            json.dumps({"samples": [sample, other]}).encode(),
-        )
+        publish(axiom, json.dumps({"samples": [sample, other]}).encode())
     got = load_problems("logicbench")
     assert len(got) == 2 * len(problems.LOGICBENCH) == 50
     assert got[0] == Problem(
@@ -463,9 +453,6 @@ def test_logicbench_choices_become_letters(publish):
         "B",
     )
     assert got[1].answer == "A"
-    name = f"logicbench/MCQA/{next(iter(problems.LOGICBENCH))}/data_instances.json"
-    publish(name, json.dumps({"samples": [sample | {"answer": "choice_1"}]}).encode())
-    assert "sample 1" in refusal("logicbench")
 
 
 def test_prontoqa_answers_become_true_and_false(publish):
@@ -487,8 +474,75 @@ def test_prontoqa_answers_become_true_and_false(publish):
     assert got[0].question == "Cats purr.\nIs it true? Cats purr. Answer with True or False."
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# downloads
+# ---- training data ----
+
+
+def training(tokenizer, data: str, **changes):
+    settings = dict(max_prompt_tokens=128, max_new_tokens=256, hold_out=True, at_least=4) | changes
+    return training_problems(data, tokenizer, TINY, **settings)
+
+
+def test_the_embedded_data_has_its_own_test_set(tokenizer):
+    train, test = training(tokenizer, "tiny")
+    assert train == load_problems("tiny") and test == load_problems("tiny-test")
+
+
+def test_a_tenth_is_held_out_chosen_by_the_data_alone(tokenizer, place, monkeypatch):
+    paths = [
+        jsonl(place / f"{name}.jsonl", *({"question": f"{name}{i}", "answer": i} for i in range(5)))
+        for name in "ab"
+    ]
+    both = load_problems(paths[0]) + load_problems(paths[1])
+    kept, held_out = training(tokenizer, ",".join(paths))
+    assert held_out == [both[shuffled(10, "held out")[0]]] == [both[FIRST_HELD_OUT]]
+    assert kept == [p for p in both if p not in held_out]  # in the files' order
+    assert training(tokenizer, ",".join(paths), hold_out=False) == (both, [])
+    monkeypatch.setattr(problems, "HELD_OUT", 0)
+    with pytest.raises(ValueError, match="holds out a tenth"):
+        training(tokenizer, ",".join(paths))
+    with pytest.raises(ValueError, match="only 5 problems: use 0"):
+        training(tokenizer, paths[0])
+
+
+def test_long_prompts_are_skipped_and_counted_never_cut(tokenizer, place, capsys):
+    rows = [{"question": "Tom " * (5 if i % 3 else 50), "answer": i} for i in range(60)]
+    path = jsonl(place / "a.jsonl", *rows)
+    kept, held_out = training(tokenizer, path, max_prompt_tokens=20)
+    said = capsys.readouterr().err.splitlines()
+    assert {p.question for p in kept + held_out} == {("Tom " * 5).strip()}
+    assert len(kept) + len(held_out) == 40
+    counts = f"{54 - len(kept)} of 54 prompts", f"{6 - len(held_out)} of 6 held-out prompts"
+    assert said == [f"note: {c} are longer than 20 tokens and are skipped" for c in counts]
+    # The model has 1024 positions: this leaves 24 for the prompt.
+    assert training(tokenizer, path, max_new_tokens=1000) == (kept, held_out)
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(max_prompt_tokens=2), r"all 9 prompts are longer than --max-prompt-tokens 2.*has \d+"),
+    (dict(max_new_tokens=1022), r"all 9 prompts .* within 1024 positions"),
+    (dict(max_new_tokens=1024), r"--max-new-tokens 1024 leaves no room .* 1024 positions"),
+    (dict(at_least=10), r"--prompts-per-step 10 is more than the 9 problems of"),
+])
+def test_data_that_cannot_be_trained_on(tokenizer, place, changes, says):
+    path = jsonl(place / "a.jsonl", *[{"question": "Tom has a cup.", "answer": 1}] * 10)
+    with pytest.raises(ValueError, match=says):
+        training(tokenizer, path, **changes)
+
+
+def test_batches_are_slices_of_shuffled_passes(rng):
+    size, count, seed = rng.randint(1, 30), rng.randint(1, 40), rng.randint(0, 9)
+    data = [Problem(f"q{i}", str(i)) for i in range(size)]
+    steps = range(2 * size)
+    row = list(itertools.chain(*(batch_of(data, step, count, seed) for step in steps)))
+    assert len(row) == len(steps) * count and all(p in data for p in row)
+    for start in range(0, len(row) - size, size):  # every pass has each problem once
+        assert {p.question for p in row[start:start + size]} == {p.question for p in data}
+    assert batch_of(data, 1, count, seed) == row[count:2 * count]  # no memory is needed
+    # A run that is resumed later, with another version of this file, must see the same order.
+    assert shuffled(5, "0 0") == SHUFFLED and batch_of(list("abcde"), 1, 4, 7) == BATCH
+
+
+# ---- downloads ----
 
 
 @pytest.fixture
@@ -499,6 +553,7 @@ def web(monkeypatch):
         bodies: dict[str, bytes] = {}
         seen: list[str] = []
         authorizations: list = []
+        missing = 0  # bytes that are promised and do not come
 
         def do_GET(self):
             self.seen.append(self.path)
@@ -507,9 +562,7 @@ def web(monkeypatch):
             self.send_response(200 if body is not None else 404)
             # any text may stand in a tag: it must not be taken for a hash where the site is no hub
             self.send_header("ETag", '"' + "a" * 64 + '"')
-            self.send_header(
-                "Content-Length", str(len(body or b"") + (7 if self.path.endswith("cut") else 0))
-            )
+            self.send_header("Content-Length", str(len(body or b"") + self.missing))
             self.end_headers()
             self.wfile.write(body or b"")
 
@@ -525,12 +578,9 @@ def web(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(
-        problems,
-        "FILES",
-        {name: (f"{address}/{name}", sha256) for name, (_, sha256) in problems.FILES.items()},
-    )
-    Web.address = address
+    for name, entry in problems.PUBLISHED.items():
+        there = {"url": f"{address}/{name}", "sha256": entry["sha256"]}
+        monkeypatch.setitem(problems.PUBLISHED, name, there)
     yield Web
     server.shutdown()
     server.server_close()
@@ -539,40 +589,25 @@ def web(monkeypatch):
 def test_an_absent_file_is_downloaded_once_and_checked(web, place):
     body = lines({"problem": "a", "answer": "1"})
     web.bodies["math500_test.jsonl"] = body
+    ours = place / "ours" / "data" / "math500_test.jsonl"
     text = refusal("math500")  # not the published one: its hash is another
-    assert "came damaged" in text and str(place / "ours" / "data" / "math500_test.jsonl") in text
-    assert not (place / "ours" / "data" / "math500_test.jsonl").exists()
-    problems.FILES["math500_test.jsonl"] = (
-        problems.FILES["math500_test.jsonl"][0],
-        hashlib.sha256(body).hexdigest(),
-    )
+    assert "came damaged" in text and str(ours) in text and not ours.exists()
+    problems.PUBLISHED[ours.name]["sha256"] = hashlib.sha256(body).hexdigest()
     assert load_problems("math500") == load_problems("math500") == [Problem("a", "1")]
-    assert len(web.seen) == 2 and set(web.authorizations) == {
-        None
-    }  # the hub's token is nobody else's business
-    (place / "ours" / "data" / "math500_test.jsonl").write_bytes(body[:-3])
+    assert len(web.seen) == 2
+    assert set(web.authorizations) == {None}  # the hub's token is nobody else's business
+    ours.write_bytes(body[:-3])
     assert "SHA-256" in refusal("math500")
 
 
-def test_a_file_without_a_known_hash_says_what_came_and_is_held_to_it(web, place, capsys):
+def test_a_file_without_a_known_hash_comes_whole_or_not_at_all(web, place):
     body = lines({"question": "a", "answer": "x\n#### 1"})
     web.bodies["gsm_symbolic_p1.jsonl"] = body
+    web.missing = 7
+    assert "broke off" in refusal("gsm-symbolic")
+    assert not (place / "ours" / "data" / "gsm_symbolic_p1.jsonl").exists()
+    web.missing = 0
     assert load_problems("gsm-symbolic") == load_problems("gsm-symbolic-p1") == [Problem("a", "1")]
-    assert hashlib.sha256(body).hexdigest() in capsys.readouterr().err
-    ours = place / "ours" / "data" / "gsm_symbolic_p1.jsonl"
-    ours.write_bytes(body + body)
-    assert "is not the published file" in refusal("gsm-symbolic")
-    ours.unlink()
-    assert load_problems("gsm-symbolic") == [Problem("a", "1")]  # fetched again, and the same
-    address = f"{web.address}/p2/cut"
-    problems.FILES["gsm_symbolic_p2.jsonl"] = (address, None)
-    web.bodies["cut"] = body
-    assert "broke off" in refusal("gsm-symbolic-p2")
-    assert sorted(p.name for p in (place / "ours" / "data").iterdir()) == [
-        ".lock",
-        "gsm_symbolic_p1.jsonl",
-        "gsm_symbolic_p1.jsonl.sha256",
-    ]
 
 
 def test_a_file_that_is_nowhere(web, place, monkeypatch):
@@ -593,8 +628,7 @@ def test_hub_addresses_follow_the_endpoint(place, monkeypatch):
     assert "http://127.0.0.1:9/mirror/datasets/HuggingFaceH4/MATH-500" in refusal("math500")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the published files themselves
+# ---- the published files themselves ----
 
 
 @pytest.mark.skipif(
@@ -602,20 +636,7 @@ def test_hub_addresses_follow_the_endpoint(place, monkeypatch):
 )
 def test_the_published_files(monkeypatch, capsys):
     monkeypatch.setenv("SA_DATA", f"{SHARED}/data/raw")
-    sets = {
-        name: load_problems(name, "test")
-        for name in (
-            "gsm8k-train",
-            "gsm8k",
-            "math500",
-            "gsm-symbolic-p2",
-            "aime24",
-            "amc23",
-            "logicbench",
-            "prontoqa",
-        )
-    }
-    assert {name: len(found) for name, found in sets.items()} == {
+    counts = {
         "gsm8k-train": 7473,
         "gsm8k": 1319,
         "math500": 500,
@@ -625,51 +646,28 @@ def test_the_published_files(monkeypatch, capsys):
         "logicbench": 500,
         "prontoqa": 500,
     }
-    said = capsys.readouterr().err
-    print(said)
-    assert said.splitlines() == [
-        "gsm8k train: 7473 problems",
-        "gsm8k test: 1319 problems",
-        "math500: 500 problems",
-        "gsm-symbolic-p2: 2500 problems",
-        "aime24: 30 problems",
-        "amc23: 40 problems",
-        "logicbench: 500 problems",
-        "prontoqa: 500 problems",
-    ]
-    for name, found in sets.items():
-        for problem in found:
-            assert (
-                problem.question == problem.question.strip()
-                and problem.answer
-                and "####" not in problem.answer
-            )
-            assert "<<" not in problem.answer
-    for name, file in (
-        ("gsm8k-train", "gsm8k_train"),
-        ("gsm8k", "gsm8k_test"),
-        ("gsm-symbolic-p2", "gsm_symbolic_p2"),
-    ):
-        rows = [
-            json.loads(line)
-            for line in Path(SHARED, f"data/raw/{file}.jsonl")
-            .read_text(encoding="utf-8")
-            .splitlines()
-        ]
-        assert [p.answer for p in sets[name]] == [
-            row["answer"].splitlines()[-1].split()[1] for row in rows
-        ]
-    assert all(0 <= int(p.answer) <= 999 for p in sets["aime24"]) and all(
-        int(p.answer) < 10_000 for p in sets["amc23"]
-    )
+    sets = {name: load_problems(name, "test") for name in counts}
+    assert {name: len(found) for name, found in sets.items()} == counts
+    labels = {"gsm8k-train": "gsm8k train", "gsm8k": "gsm8k test"}
+    said = [f"{labels.get(name, name)}: {count} problems" for name, count in counts.items()]
+    assert capsys.readouterr().err.splitlines() == said
+    for problem in itertools.chain(*sets.values()):
+        assert problem.question == problem.question.strip()
+        assert problem.answer and "####" not in problem.answer and "<<" not in problem.answer
+
+    def rows(file: str) -> list[dict]:
+        text = Path(SHARED, f"data/raw/{file}.jsonl").read_text(encoding="utf-8")
+        return list(map(json.loads, text.splitlines()))
+
+    for name, file in (("gsm8k-train", "gsm8k_train"), ("gsm8k", "gsm8k_test"),
+                       ("gsm-symbolic-p2", "gsm_symbolic_p2")):
+        answers = [row["answer"].splitlines()[-1].split()[1] for row in rows(file)]
+        assert [p.answer for p in sets[name]] == answers
+    assert all(0 <= int(p.answer) <= 999 for p in sets["aime24"])
+    assert all(int(p.answer) < 10_000 for p in sets["amc23"])
     assert {p.answer for p in sets["logicbench"]} == set("ABCD")
     assert {p.answer for p in sets["prontoqa"]} == {"True", "False"}
     for problem in sets["logicbench"]:
         assert f"\n{problem.answer}. " in problem.question
-    boxed = [
-        json.loads(line)
-        for line in Path(SHARED, "data/raw/math500_test.jsonl")
-        .read_text(encoding="utf-8")
-        .splitlines()
-    ]
-    assert sum(problems.last_boxed(row["solution"]) == row["answer"] for row in boxed) == 500
+    solved = rows("math500_test")
+    assert all(problems.last_boxed(row["solution"]) == row["answer"] for row in solved)

@@ -20,7 +20,7 @@ from test_tokenizer import (
     write,
 )
 
-from data.prompts import INSTRUCTION, bare_prompt, encode_prompt
+from data.prompts import INSTRUCTION, encode_prompt
 from data.tokenizer import Tokenizer
 
 SHARED = Path(os.environ["SA_SHARED"]) if os.environ.get("SA_SHARED") else None

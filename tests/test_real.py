@@ -1,4 +1,4 @@
-"""Real weights and real data, where SA_MODELS (folders made by real_models.py), SA_SHARED and transformers are at hand."""
+"""Real weights and real data: SA_MODELS (folders of weights), SA_SHARED and transformers needed."""
 
 import json
 import os
@@ -14,60 +14,42 @@ from model import GPT
 from rollout import generate
 from verify import judge
 
-MODELS, SHARED, TRAINED = (
-    os.environ.get(name) for name in ("SA_MODELS", "SA_SHARED", "SA_TRAINED")
-)
-smollm = pytest.mark.skipif(
-    not MODELS or not (Path(MODELS or "") / "smollm2-135m").is_dir() or not SHARED,
-    reason="SA_MODELS with smollm2-135m, and SA_SHARED, are not set",
-)
+MODELS, SHARED = os.environ.get("SA_MODELS"), os.environ.get("SA_SHARED")
+TRAINED = os.environ.get("SA_TRAINED")  # a checkpoint of a run on real data
+SMOLLM = Path(MODELS or "") / "smollm2-135m"
 
 
-@smollm
+@pytest.mark.skipif(not (MODELS and SMOLLM.is_dir() and SHARED),
+                    reason="SA_MODELS with smollm2-135m, and SA_SHARED, are not set")
 def test_greedy_continuation_equals_transformers():
-    """The trained folder where there is one (SA_TRAINED, a checkpoint of a run), else the published weights."""
+    """The trained folder where there is one, else the published weights."""
     transformers = pytest.importorskip("transformers")
-    folder = TRAINED or Path(MODELS) / "smollm2-135m"
+    folder = TRAINED or SMOLLM
     tokenizer = Tokenizer.from_pretrained(folder)
     problems = load_problems(Path(SHARED) / "data/raw/gsm8k_train.jsonl")[:3]
     prompts = [encode_prompt(tokenizer, p.question) for p in problems]
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    peer_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    for prompt, rollout in zip(
-        prompts,
-        generate(
-            GPT.from_pretrained(folder),
-            prompts,
-            max_new_tokens=48,
-            stop=tokenizer.stop_ids,
-            temperature=0.0,
-        ),
-    ):
-        theirs = peer.generate(torch.tensor([prompt]), max_new_tokens=48, do_sample=False)[
-            0, len(prompt) :
-        ].tolist()
-        assert rollout.tokens == theirs
-        assert peer_tokenizer.decode(theirs, skip_special_tokens=True) == tokenizer.decode(theirs)
+    rollouts = generate(GPT.from_pretrained(folder), prompts, max_new_tokens=48,
+                        stop=tokenizer.stop_ids, temperature=0.0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for prompt, rollout in zip(prompts, rollouts):
+        row = theirs.generate(torch.tensor([prompt]), max_new_tokens=48, do_sample=False)[0]
+        expected = row[len(prompt):].tolist()
+        assert rollout.tokens == expected
+        text = their_tokenizer.decode(expected, skip_special_tokens=True)
+        assert tokenizer.decode(expected) == text
 
 
-@pytest.mark.skipif(
-    not TRAINED, reason="SA_TRAINED, a checkpoint of a run on real data, is not set"
-)
+@pytest.mark.skipif(not TRAINED, reason="SA_TRAINED, a checkpoint of a run, is not set")
 def test_completions_of_a_real_run_hold_what_they_promise():
-    rows = [
-        json.loads(line)
-        for line in (Path(TRAINED).parent / "completions.jsonl").read_text().splitlines()
-    ]
+    lines = (Path(TRAINED).parent / "completions.jsonl").read_bytes().splitlines()
+    rows = [json.loads(line) for line in lines]
     tokenizer = Tokenizer.from_pretrained(TRAINED)
     assert rows
     for row in rows:
         text = tokenizer.decode(row["tokens"][:-1] if row["finished"] else row["tokens"])
         assert text == row["text"] and row["finished"] == (row["tokens"][-1] in tokenizer.stop_ids)
         verdict = judge(row["text"], row["reference"])
-        assert (verdict.reward, verdict.answer, verdict.status) == (
-            row["r_vr"],
-            row["answer"],
-            row["status"],
-        )
+        assert verdict == (row["r_vr"], row["answer"], row["status"])
         assert row["reward"] == pytest.approx(row["r_vr"] + 0.2 * row["r_sa"])
     assert any(row["answer"] for row in rows)

@@ -1,14 +1,16 @@
-"""rollout.py: what is drawn depends on seed, prompt, sample number and position alone, and follows the distribution."""
+"""rollout.py: a sample depends on seed, prompt, number and position alone, and is drawn rightly."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
-from test_model import full_forward, random_model
+from test_model import random_model
 from tqdm import tqdm
 
 import rollout
+from kernels import PROMPT_STEP, round_up
 from rollout import answer_keys, draw, generate, uniforms
 from sar import answer_logprobs
 
@@ -20,6 +22,13 @@ def stop(tokenizer):
 
 def tokens(rollouts):
     return [r.tokens for r in rollouts]
+
+
+def largest_difference(rollouts, others):
+    """Of the log-probs of the same tokens."""
+    a = torch.tensor([x for r in rollouts for x in r.logprobs])
+    b = torch.tensor([x for r in others for x in r.logprobs])
+    return (a - b).abs().max().item()
 
 
 def test_samples_do_not_depend_on_slots_order_or_group_size(model, prompts, stop, rng):
@@ -52,20 +61,16 @@ def test_sampler_and_trainer_logprobs_agree(model, prompts, stop):
         model, prompts, n=3, max_new_tokens=80, stop=stop, temperature=1.5, top_k=50, slots=5
     )
     scored = answer_logprobs(model, [prompts[r.prompt] for r in rollouts], tokens(rollouts))
-    assert (
-        max((torch.tensor(r.logprobs) - s).abs().max().item() for r, s in zip(rollouts, scored))
-        < 1e-4
-    )
+    sampled = torch.tensor([x for r in rollouts for x in r.logprobs])
+    assert (sampled - torch.cat(scored)).abs().max() < 1e-4
     assert [r.prompt for r in rollouts] == [i for i in range(len(prompts)) for _ in range(3)]
 
 
 def test_greedy_is_the_argmax_of_the_full_forward(model, prompts, stop):
-    for rollout in generate(model, prompts, max_new_tokens=40, stop=stop, temperature=0.0):
-        text = prompts[rollout.prompt] + rollout.tokens
-        logits = model(torch.tensor([text])) @ model.unembedding.T
-        assert (
-            logits[0, len(prompts[rollout.prompt]) - 1 : -1].argmax(-1).tolist() == rollout.tokens
-        )
+    for r in generate(model, prompts, max_new_tokens=40, stop=stop, temperature=0.0):
+        prompt = prompts[r.prompt]
+        logits = model(torch.tensor([prompt + r.tokens])) @ model.unembedding.T
+        assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == r.tokens
 
 
 def test_nothing_follows_the_stop_token(model, prompts, stop):
@@ -78,15 +83,12 @@ def test_nothing_follows_the_stop_token(model, prompts, stop):
 
 
 def test_stop_token_first_and_several_stop_ids(model, prompts, stop):
-    first = generate(model, prompts, max_new_tokens=5, stop=set(), temperature=0.0)
-    halt = {r.tokens[0] for r in first} | stop
-    assert all(
-        r.finished and len(r.tokens) == 1
-        for r in generate(model, prompts, max_new_tokens=5, stop=halt, temperature=0.0)
-    )
-    assert all(
-        len(r.tokens) == 1 for r in generate(model, prompts, n=2, max_new_tokens=1, stop=set())
-    )
+    kw = dict(max_new_tokens=5, temperature=0.0)
+    firsts = {r.tokens[0] for r in generate(model, prompts, stop=set(), **kw)}
+    for r in generate(model, prompts, stop=firsts | stop, **kw):
+        assert r.finished and len(r.tokens) == 1
+    for r in generate(model, prompts, n=2, max_new_tokens=1, stop=set()):
+        assert len(r.tokens) == 1
 
 
 def test_edges_and_bad_input(model, prompts, stop):
@@ -98,8 +100,11 @@ def test_edges_and_bad_input(model, prompts, stop):
         generate(model, [prompts[0], [5] * 1020], **kw)
     with pytest.raises(ValueError, match="KV cache"):
         generate(model, prompts * 1000, n=1000, max_new_tokens=900, stop=stop, slots=10**7)
-    for wrong in (dict(n=0), dict(temperature=-1.0), dict(top_p=0.0), dict(slots=0)):
-        with pytest.raises(ValueError):
+    for wrong in (dict(n=0), dict(max_new_tokens=0), dict(slots=0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            generate(model, prompts, **kw | wrong)
+    for wrong in (dict(temperature=-1.0), dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1)):
+        with pytest.raises(ValueError, match="temperature, top_p and top_k"):
             generate(model, prompts, **kw | wrong)
     with torch.no_grad():
         model.norm.fill_(math.nan)
@@ -108,27 +113,29 @@ def test_edges_and_bad_input(model, prompts, stop):
 
 
 @pytest.mark.parametrize(
-    "case",
+    "case, long_rope",
     (
-        "llama, scaled rope, untied",
-        "qwen2.5",
-        "qwen3",
-        "phi-3.5, long",
-        "phi-3, sliding window",
-        "gemma 3",
+        ("llama, scaled rope, untied", None),
+        ("qwen2.5", None),
+        ("qwen3", None),
+        ("phi-3.5, long", False),
+        ("phi-3.5, long", True),
+        ("phi-3, sliding window", None),
+        ("gemma 3", None),
     ),
 )
-def test_every_family_past_its_window_and_rope_switch(case, rng):
-    """Against the full forward in float64; Gemma's and Phi's window is 12 tokens here, Phi's switch at 32."""
+def test_every_family_past_its_window_and_rope_switch(case, long_rope, rng):
+    """Against the full forward in float64. Gemma's and Phi's window is 12 tokens here; Phi-3.5's
+    short factors are made for 32."""
     model = random_model(case, torch.float64)
+    model.long_rope = long_rope
     prompts = [[rng.randrange(40) for _ in range(length)] for length in (1, 11, 13, 31, 32, 33, 50)]
     for kw in ({"temperature": 0.0}, {"seed": rng.randrange(1000), "slots": 3}):
         for r in generate(model, prompts, n=2, max_new_tokens=24, stop={7}, **kw):
+            text = torch.tensor(prompts[r.prompt] + r.tokens)
             with torch.no_grad():
-                text = torch.tensor(prompts[r.prompt] + r.tokens)
-                logits = (
-                    full_forward(model, text)[len(prompts[r.prompt]) - 1 : -1] @ model.unembedding.T
-                )
+                logits = model(text[None])[0] @ model.unembedding.T
+            logits = logits[len(prompts[r.prompt]) - 1 : -1]
             if "slots" not in kw:
                 assert logits.argmax(-1).tolist() == r.tokens
             want = logits.log_softmax(-1).gather(1, torch.tensor(r.tokens)[:, None])[:, 0]
@@ -143,12 +150,13 @@ def test_float32_samples_are_the_same_to_the_last_bit(case, rng):
     every = generate(model, prompts, n=3, **kw)
     for slots in (1, 7):
         assert generate(model, prompts, n=3, slots=slots, **kw) == every
-    alone = [r for p in prompts for r in generate(model, [p], n=3, **kw)]
-    assert [(r.tokens, r.logprobs) for r in alone] == [(r.tokens, r.logprobs) for r in every]
+    for i, prompt in enumerate(prompts):
+        for a, b in zip(generate(model, [prompt], n=3, **kw), every[3 * i : 3 * i + 3]):
+            assert (a.tokens, a.logprobs) == (b.tokens, b.logprobs)
 
 
 def test_prompts_are_read_once_and_no_row_idles(model, prompts, stop, monkeypatch):
-    """What the model is asked to compute: every prompt once, padded to 32; then only rows that run."""
+    """What the model computes: every prompt once, padded; then only rows that run."""
     asked, forward = [], model.forward
 
     def watch(tokens, cache=None):
@@ -158,19 +166,17 @@ def test_prompts_are_read_once_and_no_row_idles(model, prompts, stop, monkeypatc
 
     monkeypatch.setattr(model, "forward", watch)
     answers = generate(model, prompts, n=6, max_new_tokens=120, stop=stop, slots=20)
-    reads, rows = [B * T for B, T in asked if T > 1], [B for B, T in asked if T == 1]
-    assert sum(reads) == sum(-(-len(p) // 32) * 32 for p in prompts)
-    assert sum(rows) == sum(
-        len(a.tokens) - 1 for a in answers
-    )  # the first token comes from the prompt
+    reads = [B * T for B, T in asked if T > 1]
+    rows = [B for B, T in asked if T == 1]
+    assert sum(reads) == sum(round_up(len(p), PROMPT_STEP) for p in prompts)
+    assert sum(rows) == sum(len(a.tokens) - 1 for a in answers)  # the first: from the prefill
     assert rows[0] == 20
-    assert rows == sorted(
-        rows, reverse=True
-    )  # slots stay full until the queue is empty, then the batch shrinks
+    assert rows == sorted(rows, reverse=True)  # full until the queue is empty, then shrinking
 
 
 def test_weights_in_onednn_layout(model, prompts, stop, rng):
-    """Rows do not depend on each other, the result is that of the plain weights, and a change of these is seen."""
+    """Rows do not depend on each other, the results are those of the plain weights, and a change
+    of these is seen."""
     hidden = torch.randn(70, model.config.width)
     tokens = torch.randint(0, model.config.vocab_size, (70, 12))
     with torch.no_grad():
@@ -191,46 +197,48 @@ def test_weights_in_onednn_layout(model, prompts, stop, rng):
 
 
 def test_steps_of_rounded_sizes(model, prompts, stop, monkeypatch):
-    """What CUDA graphs replay: more rows and a longer span than there are, on the CPU here. They must not show."""
+    """The sizes of CUDA graphs, here on a CPU: more rows and a longer span change nothing."""
     kw = dict(n=3, max_new_tokens=150, stop=stop, seed=5)
     want = generate(model, prompts, **kw)
-    monkeypatch.setattr(rollout, "uses_graphs", lambda model, room: True)
+    asked, step_size = [], rollout.step_size
+
+    def rounded(rows, length, use_graphs):
+        asked.append((rows, length))
+        return step_size(rows, length, True)
+
+    monkeypatch.setattr(rollout, "step_size", rounded)
     for slots in (5, None):
         got = generate(model, prompts, slots=slots, **kw)
         assert tokens(got) == tokens(want)
-        assert (
-            max(abs(a - b) for g, w in zip(got, want) for a, b in zip(g.logprobs, w.logprobs))
-            < 1e-4
-        )
+        assert largest_difference(got, want) < 1e-4
+    assert len(asked) > 150
+    sizes = [step_size(rows, 129, True) for rows in range(1, 14)]
+    assert sizes == [(r, 256) for r in (1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_graphs(model, prompts, stop, monkeypatch, capsys):
-    """The same with graphs as without, also after the weights have been changed in place; float32 for an exact comparison."""
-    model = model.cuda()
+def test_cuda_graphs(model, prompts, stop, capsys):
+    """As on the CPU, also after the weights have changed in place; float32 for exact tokens."""
+    on_gpu = copy.deepcopy(model).cuda()
     kw = dict(n=3, max_new_tokens=150, stop=stop, seed=5)
     for change in (1.0, 1.02):
         with torch.no_grad():
-            for p in model.parameters():
+            for p in [*model.parameters(), *on_gpu.parameters()]:
                 p.mul_(change)
-        got = generate(model, prompts, **kw)
-        assert rollout.kept[model].graphs
-        with monkeypatch.context() as patch:
-            patch.setattr(rollout, "uses_graphs", lambda model, room: False)
-            patch.setattr(rollout, "kept", {})
-            want = generate(model, prompts, **kw)
+        got = generate(on_gpu, prompts, **kw)
+        assert rollout.decoders[on_gpu].graphs
+        want = generate(model, prompts, **kw)
         same = sum(g.tokens == w.tokens for g, w in zip(got, want))
-        assert same >= 0.9 * len(want)  # other matmul kernels round otherwise
-    assert "without CUDA graphs" not in capsys.readouterr().err
+        assert same >= 0.9 * len(want)  # other matmul kernels round differently
+    assert "no CUDA graphs" not in capsys.readouterr().err
 
 
 def test_prompts_of_very_different_lengths(model, stop, rng):
     prompts = [[rng.randrange(60) for _ in range(length)] for length in (700, 1, 90, 2, 350)]
-    together = generate(model, prompts, n=2, max_new_tokens=20, stop=stop)
+    kw = dict(n=2, max_new_tokens=20, stop=stop)
+    together = tokens(generate(model, prompts, **kw))
     for i, prompt in enumerate(prompts):
-        assert tokens(generate(model, [prompt], n=2, max_new_tokens=20, stop=stop)) == tokens(
-            together[2 * i : 2 * i + 2]
-        )
+        assert tokens(generate(model, [prompt], **kw)) == together[2 * i : 2 * i + 2]
 
 
 def test_bar_shows_live_slots_and_speed(model, prompts, stop, monkeypatch, capsys):
@@ -243,20 +251,39 @@ def test_bar_shows_live_slots_and_speed(model, prompts, stop, monkeypatch, capsy
 # ---- the draw ----
 
 
+def test_uniforms_reach_the_draw_in_float64(monkeypatch):
+    """All logits are 0, so token k is drawn between k / 40 and (k + 1) / 40. A uniform just below
+    1 / 2 would round to 1 / 2 in float32 and draw the next token. An answer's first token and all
+    others take different ways to `draw`."""
+    model = random_model("qwen2.5")
+    assert model.config.vocab_size == 40
+    with torch.no_grad():
+        model.norm.zero_()
+    ways = []
+
+    def half(keys, position):
+        ways.append("first" if np.isscalar(position) else "later")
+        below = (keys + position) % 2
+        return 0.5 - below * 2.0**-40
+
+    monkeypatch.setattr(rollout, "uniforms", half)
+    keys = answer_keys([[1], [2]], 4, seed=3)
+    assert len(set((keys % 2).tolist())) == 2
+    for r, key in zip(generate(model, [[1], [2]], n=4, max_new_tokens=6, stop=set(), seed=3), keys):
+        assert r.tokens == [20 - (int(key) + position) % 2 for position in range(6)]
+    assert set(ways) == {"first", "later"}
+
+
 def drawn(logits, count, **filters):
     """Token counts of `count` draws from one row of logits, with the sampler's own uniforms."""
-    V = len(logits)
     settings = dict(temperature=1.0, top_p=1.0, top_k=0) | filters
     keys = answer_keys([[1, 2, 3]], 1, seed=7).repeat(count)
     uniform = torch.from_numpy(uniforms(keys, np.arange(count, dtype=np.uint64)))
-    scratch = torch.zeros(count, -(-V // 256) * 256)
-    token, logprob = draw(
-        logits.expand(count, V).contiguous(), uniform, **settings, scratch=scratch
-    )
-    torch.testing.assert_close(
-        logprob, logits.double().log_softmax(-1)[token].float(), rtol=0, atol=2e-6
-    )  # never of the filtered distribution
-    return torch.bincount(token, minlength=V)
+    token, logprob = draw(logits.expand(count, -1), uniform, **settings).unbind(1)
+    token = token.long()
+    want = logits.double().log_softmax(-1)[token].float()  # never of the filtered distribution
+    torch.testing.assert_close(logprob, want, rtol=0, atol=2e-6)
+    return torch.bincount(token, minlength=len(logits))
 
 
 def assert_follows(counts, probs):
@@ -293,16 +320,14 @@ def test_draws_follow_the_distribution(filters):
 
 
 def test_tokens_of_probability_one_in_a_million_are_drawn():
-    """1,000 rare tokens of 1e-6 each behind four common ones: about a thousandth of the draws, spread evenly."""
+    """1,000 rare tokens of 1e-6 each behind four common ones: about a thousandth of the draws,
+    spread evenly."""
     logits = torch.cat([torch.full((4,), 0.999 / 4), torch.full((1000,), 1e-6)]).log()
     counts = drawn(logits, 100_000)
     assert abs(counts[4:].sum().item() - 100) < 5 * 10
     assert counts[4:].max() <= 3
-    lucky = torch.tensor(
-        [0.9999995]
-    )  # the far end of the distribution is the last token, and is reached
-    token, _ = draw(logits[None], lucky.double(), 1.0, 1.0, 0, torch.zeros(1, 1024))
-    assert token.item() >= 1000
+    last = torch.tensor([0.9999995], dtype=torch.float64)  # the far end is reached
+    assert draw(logits[None], last, 1.0, 1.0, 0)[0, 0] >= 1000
 
 
 def test_a_zero_weight_is_never_drawn():
@@ -311,7 +336,7 @@ def test_a_zero_weight_is_never_drawn():
     logits[:, [0, 255, 257, 599]] = 0.0
     logits[3:, [0, 599]] = -torch.inf
     uniform = torch.tensor([0.0, 0.5, 1 - 2.0**-53] * 2, dtype=torch.float64)
-    token, _ = draw(logits, uniform, 1.0, 1.0, 0, torch.zeros(6, 768))
+    token = draw(logits, uniform, 1.0, 1.0, 0)[:, 0]
     assert token.tolist() == [0, 257, 599, 255, 257, 257]
 
 
@@ -321,6 +346,7 @@ def test_uniforms_are_uniform_and_independent_of_their_neighbours():
     assert answer_keys([[2]], 3, seed=0).tolist() == keys[3:6].tolist()
     u = uniforms(np.repeat(keys, 20000), np.tile(np.arange(20000, dtype=np.uint64), 9))
     assert 0 <= u.min() and u.max() < 1
+    assert (u != u.astype(np.float32)).mean() > 0.99  # more than 24 bits
     counts = np.histogram(u, 100, (0, 1))[0]
     assert ((counts - 1800) ** 2 / 1800).sum() < 99 + 5 * math.sqrt(198)
     assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.02

@@ -1,4 +1,4 @@
-"""data/make_tiny.py and data/tiny/: the grammar is right, the split is clean, and the model is what it is meant to be."""
+"""The embedded world and its model: right grammar, clean split, and a model that is as meant."""
 
 import random
 import re
@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import TINY
 
-from data.make_tiny import (
+from data import make_tiny
+from data.prompts import encode_prompt
+from data.tiny_world import (
     NAMES,
-    SPECIAL,
     STYLES,
     THINGS,
     is_test,
@@ -20,7 +21,6 @@ from data.make_tiny import (
     training_texts,
     work_out,
 )
-from data.prompts import encode_prompt
 from verify import judge
 
 
@@ -39,7 +39,7 @@ def test_every_solution_is_right_in_every_style():
 
 
 def test_a_careless_solution_misreads_and_is_consistent_all_the_same():
-    """Its arithmetic is right and its last line repeats its last result; only the reading of the story may be wrong."""
+    """Its arithmetic is right, and its last line repeats its last result."""
     rng, wrong = random.Random(6), 0
     for story in islice(stories(6), 1000):
         text = solution(story, "verbose", rng, careless=True)
@@ -70,7 +70,24 @@ def test_words_and_numbers_are_single_tokens(tokenizer):
     text = "Tom: 12 + 30 = 42 cups.\n#### 42 <|endoftext|> été 日本"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.special["<|endoftext|>"] not in tokenizer.encode(text)
-    assert tokenizer.stop_ids == {tokenizer.special[SPECIAL[0]]}
+    assert tokenizer.stop_ids == {tokenizer.special["<|endoftext|>"]}
+
+
+def test_its_tokenizer_is_made_by_make_tiny(tmp_path):
+    make_tiny.write_tokenizer(tmp_path, seed=0)
+    for made in tmp_path.iterdir():
+        assert made.read_bytes() == (TINY / made.name).read_bytes()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_batch_holds_prompts_and_answers_and_learns_the_answers_only(tokenizer):
+    tokens, targets = next(make_tiny.batches(tokenizer, seed=3, batch_size=8))
+    stop = tokenizer.special["<|endoftext|>"]
+    start = tokenizer.special["<|answer|>"]
+    for row, wanted in zip(tokens.tolist(), targets.tolist()):
+        first, last = row.index(start), row.index(stop)
+        assert wanted[first:last] == row[first + 1:last + 1]
+        assert set(wanted[:first] + wanted[last:]) == {-100}
 
 
 def test_it_is_small():
@@ -98,36 +115,28 @@ def test_the_base_is_fallible_and_verbose(greedy, tokenizer):
     accuracy = sum(judge(t, p.answer).reward for t, p in zip(texts, problems)) / len(problems)
     assert 0.60 <= accuracy <= 0.85
     assert all(r.finished for r in rollouts)
-    # the terse solution of the same problem needs less than half of the tokens
-    terse = [
-        len(tokenizer.encode(solution(s, "terse", random.Random(0)))) + 1
-        for s in islice(stories(1, test=True), 512)
-    ]
-    assert sum(terse) < 0.5 * sum(len(r.tokens) for r in rollouts)
+    # The terse solutions of the same problems need less than half of the tokens.
+    terse = 0
+    for story in islice(stories(1, test=True), 512):
+        terse += len(tokenizer.encode(solution(story, "terse", random.Random(0)))) + 1
+    assert terse < 0.5 * sum(len(r.tokens) for r in rollouts)
 
 
 def test_transformers_loads_it_and_agrees(greedy, tokenizer, model):
     transformers = pytest.importorskip("transformers")
-    peer = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    peer_tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    their_model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     problems, texts, rollouts = greedy
-    for problem, text, rollout in list(zip(problems, texts, rollouts))[:5]:
+    for problem, text, rollout in list(zip(problems, texts, rollouts))[:3]:
         prompt = encode_prompt(tokenizer, problem.question)
         message = [{"role": "user", "content": problem.question}]
-        assert (
-            peer_tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, return_dict=False
-            )
-            == prompt
-        )
-        assert peer_tokenizer.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+        options = dict(add_generation_prompt=True, return_dict=False)
+        assert their_tokenizer.apply_chat_template(message, **options) == prompt
+        assert their_tokenizer.encode(text, add_special_tokens=False) == tokenizer.encode(text)
         tokens = torch.tensor([prompt + rollout.tokens])
         with torch.no_grad():
-            ours, theirs = model(tokens) @ model.unembedding.T, peer(tokens).logits
+            ours, theirs = model(tokens) @ model.unembedding.T, their_model(tokens).logits
         assert (ours - theirs).abs().max() < 2e-4 * (theirs.max() - theirs.min())
-        assert (
-            peer.generate(torch.tensor([prompt]), max_new_tokens=256, do_sample=False)[
-                0, len(prompt) :
-            ].tolist()
-            == rollout.tokens
-        )
+        options = dict(max_new_tokens=256, do_sample=False)
+        sampled = their_model.generate(torch.tensor([prompt]), **options)
+        assert sampled[0, len(prompt):].tolist() == rollout.tokens

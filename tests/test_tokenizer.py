@@ -89,7 +89,7 @@ def bpe(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
         symbols[best[1] : best[1] + 2] = ["".join(symbols[best[1] : best[1] + 2])]
 
 
-BYTE_TO_CHAR = {byte: char for char, byte in byte_alphabet().items()}
+BYTE_TO_CHAR = dict(enumerate(byte_alphabet()))
 
 
 def byte_level_spec(

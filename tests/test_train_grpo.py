@@ -1,5 +1,4 @@
 """train_sa_grpo.py: the algorithm's numbers by hand, and whole runs of the script."""
-
 import json
 import math
 import os
@@ -8,113 +7,69 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import KILL, ROOT, TIMES, lines, metrics, recorded_gradients
 from safetensors.torch import load_file
 
-import runtime
 import train_sa_grpo
 import train_sa_ppo
 from data.prompts import encode_prompt
 from data.tokenizer import Tokenizer
+from runtime import runs as runs_module
+from runtime.errors import user_errors
 from train_sa_grpo import group_advantages, kl_k3, policy_loss
 
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = [
-    "--prompts-per-step",
-    "4",
-    "--minibatch",
-    "2",
-    "--n",
-    "4",
-    "--max-new-tokens",
-    "48",
-    "--eval-every",
-    "0",
-    "--save-every",
-    "2",
-]
-TIMES = {"seconds_sampling", "seconds_scoring", "seconds_update", "peak_memory_gb"}
+SMALL = ("--prompts-per-step 4 --minibatch 2 --samples 4 --max-new-tokens 48 --eval-every 0 "
+         "--save-every 2").split()
 
 
 # ---- numbers ----
 
 
 def test_group_advantages_by_hand():
-    rewards = torch.tensor(
-        [[1.0, 0.0, 0.0, 1.2], [0.1, 0.1, 0.1, 0.1], [0.3, 0.0, 0.0, 0.0]], dtype=torch.float64
-    )
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.2], [0.1, 0.1, 0.1, 0.1], [0.3, 0.0, 0.0, 0.0]])
+    rewards = rewards.double()
     assert group_advantages(rewards)[0].tolist() == pytest.approx([0.45, -0.55, -0.55, 0.65])
     assert group_advantages(rewards)[2].tolist() == pytest.approx([0.225, -0.075, -0.075, -0.075])
     assert group_advantages(rewards)[1].tolist() == [0.0] * 4
-    equal = torch.full((50, 7), 1.1) * torch.rand(
-        50, 1
-    )  # a mean that rounds leaves exactly zero all the same
+    equal = torch.full((50, 7), 1.1) * torch.rand(50, 1)  # exactly zero though the mean rounds
     assert (group_advantages(equal) == 0).all()
 
 
 def test_policy_loss_by_hand():
     # ratio, advantage -> loss, is the gradient gone?
-    table = [
-        (1.0, 2.0, -2.0, False),
-        (1.1, 2.0, -2.2, False),
-        (1.5, 2.0, -2.4, True),
-        (0.5, 2.0, -1.0, False),
-        (1.1, -1.0, 1.1, False),
-        (0.5, -1.0, 0.8, True),
-        (1.5, -1.0, 1.5, False),
-        (4.0, -1.0, 3.0, True),
-        (1.0, 0.0, 0.0, False),
-    ]
-    ratio, advantage, want, gone = (
-        torch.tensor(column, dtype=torch.float64) for column in zip(*table)
-    )
+    table = [(1.0, 2.0, -2.0, False), (1.1, 2.0, -2.2, False), (1.5, 2.0, -2.4, True),
+             (0.5, 2.0, -1.0, False), (1.1, -1.0, 1.1, False), (0.5, -1.0, 0.8, True),
+             (1.5, -1.0, 1.5, False), (4.0, -1.0, 3.0, True), (1.0, 0.0, 0.0, False)]
+    ratio, advantage, want, gone = (torch.tensor(column).double() for column in zip(*table))
     old = torch.full_like(ratio, -1.5)
     logprob = (old + ratio.log()).requires_grad_()
     loss, clipped = policy_loss(logprob, old, advantage)
     assert loss.tolist() == pytest.approx(want.tolist())
     assert clipped.tolist() == gone.bool().tolist()
-    (grad,) = torch.autograd.grad(loss.sum(), logprob)
+    grad, = torch.autograd.grad(loss.sum(), logprob)
     assert grad.tolist() == pytest.approx([0.0 if g else -a * r for r, a, _, g in table])
 
 
 def test_k3_by_hand_and_as_an_estimate(rng):
     assert kl_k3(torch.tensor([-1.0]), torch.tensor([-1.0])).item() == 0
-    assert kl_k3(torch.tensor([0.5]).log(), torch.tensor([0.25]).log()).item() == pytest.approx(
-        0.5 + math.log(2) - 1
-    )
+    by_hand = kl_k3(torch.tensor([0.5]).log(), torch.tensor([0.25]).log()).item()
+    assert by_hand == pytest.approx(0.5 + math.log(2) - 1)
     p, q = torch.randn(6).double().log_softmax(-1), torch.randn(6).double().log_softmax(-1)
     k3 = kl_k3(p, q)
     assert (k3 >= 0).all()
-    assert (p.exp() * k3).sum().item() == pytest.approx(
-        (p.exp() * (p - q)).sum().item()
-    )  # its mean under p is the KL
+    exact = (p.exp() * (p - q)).sum().item()
+    assert (p.exp() * k3).sum().item() == pytest.approx(exact)  # its mean under p is the KL
 
 
 # ---- whole runs ----
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "RUNS", tmp_path / "runs")
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield tmp_path / "runs"
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 def train(*argv):
     train_sa_grpo.main([*SMALL, *map(str, argv)])
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def metrics(folder):
-    return [{k: v for k, v in m.items() if k not in TIMES} for m in lines(folder / "metrics.jsonl")]
 
 
 def assert_same_run(a, b, step="step_000004"):
@@ -126,88 +81,47 @@ def assert_same_run(a, b, step="step_000004"):
 
 
 def test_two_steps_end_to_end(runs, capsys):
-    train("--run", "a", "--steps", 2, "--eval-every", 2)
+    train("--name", "a", "--steps", 2, "--eval-every", 2)
     folder = runs / "a"
     rows = metrics(folder)
     assert [r["step"] for r in rows] == [1, 2]
-    for key in (
-        "reward",
-        "accuracy",
-        "r_sa_mean",
-        "r_sa_std",
-        "ppl_query",
-        "ppl_alone",
-        "advantage_std",
-        "no_signal",
-        "length_mean",
-        "length_p50",
-        "length_p95",
-        "length_max",
-        "unfinished",
-        "share_no_answer",
-        "share_unparsed",
-        "kl",
-        "entropy",
-        "clip_fraction",
-        "ratio_max",
-        "mismatch_mean",
-        "mismatch_max",
-        "grad_norm",
-        "lr",
-        "tokens",
-    ):
+    for key in ("reward accuracy r_sa_mean r_sa_std ppl_query ppl_alone advantage_std no_signal "
+                "length_mean length_p50 length_p95 length_max unfinished share_no_answer "
+                "share_unparsed kl entropy clip_fraction ratio_max mismatch_mean mismatch_max "
+                "grad_norm lr tokens r_vr_group_std r_sa_group_std").split():
         assert all(math.isfinite(r[key]) for r in rows), key
     assert rows[0]["mismatch_max"] < 1e-4 and rows[0]["grad_norm"] > 0
     answers = lines(folder / "completions.jsonl")
     assert len(answers) == 2 * 4 * 4
     for a in answers:
         assert a["reward"] == pytest.approx(a["r_vr"] + 0.2 * a["r_sa"])
-        assert a["r_sa"] == pytest.approx(
-            max(-1, min(1, 1 - a["ppl_query"] / a["ppl_alone"])), abs=1e-9
-        )
+        gain = 1 - a["ppl_query"] / a["ppl_alone"]
+        assert a["r_sa"] == pytest.approx(max(-1, min(1, gain)), abs=1e-9)
         assert a["r_vr"] == (a["status"] == "correct") and a["question"] and a["tokens"]
     for first in range(0, 32, 4):
-        group = answers[first : first + 4]
+        group = answers[first:first + 4]
         assert len({a["question"] for a in group}) == 1
         mean = sum(a["reward"] for a in group) / 4
         assert all(a["advantage"] == pytest.approx(a["reward"] - mean, abs=1e-12) for a in group)
     config = json.loads((folder / "config.json").read_text())
-    assert (
-        config["settings"]["lr"] == 8e-5
-        and config["git_commit"]
-        and config["versions"]["torch"] == torch.__version__
-    )
-    assert (
-        TIMES <= lines(folder / "metrics.jsonl")[0].keys()
-        and {"r_vr_group_std", "r_sa_group_std"} <= rows[0].keys()
-    )
-    before, after = (
-        load_file(ROOT / "data/tiny/model.safetensors"),
-        load_file(folder / "step_000002" / "model.safetensors"),
-    )
+    assert config["settings"]["lr"] == 8e-5 and config["git_commit"]
+    assert config["versions"]["torch"] == torch.__version__
+    assert TIMES <= lines(folder / "metrics.jsonl")[0].keys()
+    before = load_file(ROOT / "data/tiny/model.safetensors")
+    after = load_file(folder / "step_000002" / "model.safetensors")
     assert any((before[k].float() != after[k]).any() for k in before)  # it did train
-    assert "| base |" in capsys.readouterr().out and [
-        e["step"] for e in lines(folder / "evals.jsonl")
-    ] == [0, 2]
+    assert "| base |" in capsys.readouterr().out
+    assert [e["step"] for e in lines(folder / "evals.jsonl")] == [0, 2]
 
 
 def test_gradients_do_not_depend_on_micro_batches(runs, monkeypatch):
-    """The gradient of one optimizer step in micro-batches of 1, of 2 or so, and of all 8 answers; in float64, where rounding
-    cannot hide a wrong denominator."""
-    seen = []
-
-    def record(self, closure=None):
-        seen.append(
-            torch.cat([p.grad.flatten() for g in self.param_groups for p in g["params"]]).double()
-        )
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", record)
-    load = train_sa_grpo.GPT.from_pretrained
-    monkeypatch.setattr(
-        train_sa_grpo.GPT, "from_pretrained", lambda *args, **kwargs: load(*args, **kwargs).double()
-    )
+    """In micro-batches of 1, of 2 or so, and of all 8 answers; in float64, where rounding cannot
+    hide a wrong denominator."""
+    seen, load = recorded_gradients(monkeypatch), train_sa_grpo.GPT.from_pretrained
+    monkeypatch.setattr(train_sa_grpo.GPT, "from_pretrained",
+                        lambda *args, **kwargs: load(*args, **kwargs).double())
     for budget in (1, 200, 10_000):
-        train("--run", f"micro{budget}", "--steps", 1, "--micro-tokens", budget)
+        train("--name", f"micro{budget}", "--steps", 1, "--micro-tokens", budget)
     one, two, eight = seen[0:2], seen[2:4], seen[4:6]
     assert len(seen) == 6 and all(g.norm() > 0 for g in one)
     for first, other in zip(one * 2, two + eight):
@@ -215,15 +129,10 @@ def test_gradients_do_not_depend_on_micro_batches(runs, monkeypatch):
 
 
 def test_the_gradient_is_that_of_the_objective_written_out(runs, monkeypatch):
-    """One optimizer step against autograd in float64 on the plain objective: no clipping (the policy is the one that sampled),
-    all logits at once, an answer at a time, from what completions.jsonl says. The start is made another model, so that its KL
-    has a gradient."""
-    seen = []
-
-    def record(self, closure=None):
-        seen.append(torch.cat([p.grad.flatten() for g in self.param_groups for p in g["params"]]))
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    """One optimizer step against autograd in float64 on the plain objective: no clipping (the
+    policy is the one that sampled), all logits at once, an answer at a time, from what
+    completions.jsonl says. The start is made another model, so that its KL has a gradient."""
+    seen = recorded_gradients(monkeypatch)
     load, loaded = train_sa_grpo.GPT.from_pretrained, []
 
     def load_double(*args, **kwargs):
@@ -233,184 +142,117 @@ def test_the_gradient_is_that_of_the_objective_written_out(runs, monkeypatch):
                 model.blocks[0].down.weight.mul_(1.1)
         loaded.append(model)
         return model
-
     monkeypatch.setattr(train_sa_grpo.GPT, "from_pretrained", load_double)
-    train("--run", "plain", "--steps", 1, "--minibatch", 4, "--kl-coef", 0.5)
+    train("--name", "plain", "--steps", 1, "--minibatch", 4, "--kl-coef", 0.5)
     policy, start = loaded
     policy.zero_grad()
     total = 0.0
     for row in lines(runs / "plain" / "completions.jsonl"):
         prompt = encode_prompt(Tokenizer.from_pretrained(ROOT / "data/tiny"), row["question"])
-        tokens, answer = (
-            torch.tensor([prompt + row["tokens"]]),
-            torch.tensor(row["tokens"])[:, None],
-        )
-        logp, ref = (
-            (m(tokens) @ m.unembedding.T)[0, len(prompt) - 1 : -1]
-            .log_softmax(-1)
-            .gather(1, answer)[:, 0]
-            for m in (policy, start)
-        )
-        ref = ref.detach()
-        kl = (ref - logp).exp() - (ref - logp) - 1
-        total = (
-            total + (-row["advantage"] * (logp - logp.detach()).exp() + 0.5 * kl).sum() / 48 / 16
-        )  # max_new_tokens, answers
+        tokens = torch.tensor([prompt + row["tokens"]])
+        answer = torch.tensor(row["tokens"])[:, None]
+        logprobs = []
+        for model in (policy, start):
+            logits = (model(tokens) @ model.unembedding.T)[0, len(prompt) - 1:-1]
+            logprobs.append(logits.log_softmax(-1).gather(1, answer)[:, 0])
+        logp, frozen = logprobs[0], logprobs[1].detach()
+        kl = (frozen - logp).exp() - (frozen - logp) - 1
+        loss = -row["advantage"] * (logp - logp.detach()).exp() + 0.5 * kl
+        total = total + loss.sum() / 48 / 16  # max_new_tokens, answers
     total.backward()
     want = torch.cat([p.grad.flatten() for p in policy.parameters()])
     assert want.norm() < 1  # so that clipping at norm 1 changed nothing
     assert (seen[0] - want).norm() / want.norm() < 1e-6
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--alone", "bare"],
-        ["--epochs", "2"],
-        ["--kl-coef", "0"],
-        ["--temperature", "0.7"],
-        ["--dtype", "bfloat16"],
-    ],
-    ids=lambda f: f[0],
-)
+@pytest.mark.parametrize("flags", [["--epochs", "2"], ["--kl-coef", "0"], ["--temperature", "0.7"],
+                                   ["--dtype", "bfloat16"]], ids=lambda f: f[0])
 def test_settings_that_change_the_run_do(runs, flags):
-    train("--run", "plain", "--steps", 2)
-    train("--run", "other", "--steps", 2, *flags)
+    train("--name", "plain", "--steps", 2)
+    train("--name", "other", "--steps", 2, *flags)
     assert metrics(runs / "plain")[1] != metrics(runs / "other")[1]
     assert all(m["grad_norm"] > 0 for m in metrics(runs / "other"))
 
 
 def test_the_verifier_is_the_one_asked_for(runs, monkeypatch):
     seen, judge = set(), train_sa_grpo.judge
-    monkeypatch.setattr(
-        train_sa_grpo,
-        "judge",
-        lambda text, reference, verifier: (seen.add(verifier), judge(text, reference, verifier))[1],
-    )
-    train("--run", "rule", "--steps", 1, "--verifier", "last-number")
+
+    def spy(text, reference, verifier):
+        seen.add(verifier)
+        return judge(text, reference, verifier)
+    monkeypatch.setattr(train_sa_grpo, "judge", spy)
+    train("--name", "rule", "--steps", 1, "--verifier", "last-number")
     assert seen == {"last-number"}
 
 
 def test_alpha_zero_is_plain_grpo_bit_for_bit(runs):
-    train("--run", "zero", "--steps", 2, "--alpha", 0)
-    train("--run", "vr", "--steps", 2, "--reward", "vr")
+    train("--name", "zero", "--steps", 2, "--alpha", 0)
+    train("--name", "vr", "--steps", 2, "--reward", "vr")
     assert_same_run(runs / "zero", runs / "vr", "step_000002")
 
 
 def test_rivals_train_from_the_command_line(runs):
-    """What sar.total_reward says of a whole run's answers is what they were paid; o1 is the one that needs every argument."""
-    train("--run", "o1", "--steps", 1, "--reward", "o1", "--alpha", 0.3)
+    """Answers were paid what sar.total_reward says; o1 is the one that needs every argument."""
+    train("--name", "o1", "--steps", 1, "--reward", "o1", "--alpha", 0.3)
     answers = lines(runs / "o1" / "completions.jsonl")
     for first in range(0, 16, 4):
-        group = answers[first : first + 4]
+        group = answers[first:first + 4]
         mean = sum(len(a["tokens"]) for a in group) / 4
-        assert all(
-            a["reward"]
-            == pytest.approx(a["r_vr"] + 0.3 * max(-1, min(1, mean / len(a["tokens"]) - 1)))
-            for a in group
-        )
+        for a in group:
+            shorter = max(-1, min(1, mean / len(a["tokens"]) - 1))
+            assert a["reward"] == pytest.approx(a["r_vr"] + 0.3 * shorter)
     for name in ("er", "em", "vr+em", "sar-only"):
-        train("--run", name, "--steps", 1, "--reward", name)
-        rewards = [
-            (a["reward"], a["r_vr"], a["r_sa"], -math.log(a["ppl_query"]))
-            for a in lines(runs / name / "completions.jsonl")
-        ]
-        for r, vr, sa, em in rewards:
-            want = {
-                "er": r if vr and abs(r - 1) <= 0.2 else 0,
-                "em": em,
-                "vr+em": vr + 0.2 * em,
-                "sar-only": sa,
-            }[name]
+        train("--name", name, "--steps", 1, "--reward", name)
+        for a in lines(runs / name / "completions.jsonl"):
+            r, vr, sa, em = a["reward"], a["r_vr"], a["r_sa"], -math.log(a["ppl_query"])
+            er = r if vr and abs(r - 1) <= 0.2 else 0
+            want = {"er": er, "em": em, "vr+em": vr + 0.2 * em, "sar-only": sa}[name]
             assert r == pytest.approx(want), name
 
 
 def test_an_alpha_schedule_is_resumed_where_it_was(runs):
     flags = ["--alpha", 0, "--alpha-end", 0.6]
-    train("--run", "whole", "--steps", 4, *flags)
+    train("--name", "whole", "--steps", 4, *flags)
     for a in lines(runs / "whole" / "completions.jsonl"):
         assert a["reward"] == pytest.approx(a["r_vr"] + 0.2 * (a["step"] - 1) * a["r_sa"])
-    env = os.environ | {"SA_RUNS": str(runs), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            KILL,
-            "refresh",
-            "4",
-            *SMALL,
-            "--run",
-            "killed",
-            "--steps",
-            "4",
-            *map(str, flags),
-        ],
-        cwd=ROOT,
-        env=env,
-    )
-    assert (runs / "killed" / "step_000002").exists() and not (
-        runs / "killed" / "step_000004"
-    ).exists()
-    train_sa_grpo.main(["--run", "killed", "--resume"])
+    killed(runs, "clip_gradients", 7, *flags)
+    assert (runs / "killed" / "step_000002").exists()
+    assert not (runs / "killed" / "step_000004").exists()
+    train_sa_grpo.main(["--name", "killed", "--resume"])
     assert_same_run(runs / "killed", runs / "whole")
     with pytest.raises(ValueError, match="--steps was 4, now 6"):  # that would be another slope
-        train_sa_grpo.main(["--run", "whole", "--resume", "--steps", "6"])
+        train_sa_grpo.main(["--name", "whole", "--resume", "--steps", "6"])
     with pytest.raises(ValueError, match="--alpha-end was 0.6, now 0.5"):
-        train_sa_grpo.main(["--run", "whole", "--resume", "--alpha-end", "0.5"])
+        train_sa_grpo.main(["--name", "whole", "--resume", "--alpha-end", "0.5"])
 
 
-KILL = """
-import os, signal, sys, runtime, train_sa_grpo
-calls = 0
-def die_in(name, when):
-    real = getattr(runtime, name)
-    def dying(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == when:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    setattr(runtime, name, dying)
-die_in(sys.argv[1], int(sys.argv[2]))
-train_sa_grpo.main(sys.argv[3:])
-"""
-
-
-@pytest.mark.parametrize(
-    "where, when",
-    [("save_file", 2), ("refresh", 3)],
-    ids=["inside a checkpoint write", "in step 3"],
-)
-def test_killed_and_resumed_equals_undisturbed(runs, where, when):
+def killed(runs, where, when, *argv):
+    """A run that gets kill -9 at the when-th call of a function of the runtime."""
     env = os.environ | {"SA_RUNS": str(runs), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    dead = subprocess.run(
-        [sys.executable, "-c", KILL, where, str(when), *SMALL, "--run", "killed", "--steps", "4"],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    flags = [*SMALL, "--name", "killed", "--steps", "4", *map(str, argv)]
+    dead = subprocess.run([sys.executable, "-c", KILL, where, str(when), *flags], cwd=ROOT, env=env,
+                          capture_output=True, text=True)
     assert dead.returncode == -signal.SIGKILL, dead.stderr
-    assert (
-        not (runs / "killed" / "step_000004").exists()
-        and (runs / "killed" / "step_000002").exists()
-    )
+
+
+@pytest.mark.parametrize("where, when", [("save_file", 2), ("clip_gradients", 5)],
+                         ids=["inside a checkpoint write", "in step 3"])
+def test_killed_and_resumed_equals_undisturbed(runs, where, when):
+    killed(runs, where, when)
+    assert (runs / "killed" / "step_000002").exists()
+    assert not (runs / "killed" / "step_000004").exists()
     assert (runs / "killed" / "step_000004.tmp").exists() == (where == "save_file")
-    train_sa_grpo.main(["--run", "killed", "--resume"])
-    train("--run", "undisturbed", "--steps", 4)
+    train_sa_grpo.main(["--name", "killed", "--resume"])
+    train("--name", "undisturbed", "--steps", 4)
     assert_same_run(runs / "killed", runs / "undisturbed")
     assert not list((runs / "killed").glob("*.tmp"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_saves(runs, number):
-    process = subprocess.Popen(
-        [sys.executable, "train_sa_grpo.py", *SMALL, "--run", "t", "--steps", "1000"],
-        cwd=ROOT,
-        text=True,
-        env=os.environ | {"SA_RUNS": str(runs)},
-        stderr=subprocess.PIPE,
-    )
+    command = [sys.executable, "train_sa_grpo.py", *SMALL, "--name", "t", "--steps", "1000"]
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE,
+                               env=os.environ | {"SA_RUNS": str(runs)})
     log = runs / "t" / "metrics.jsonl"
     deadline = time.time() + 60
     while time.time() < deadline and not (log.exists() and log.read_text().count("\n") >= 3):
@@ -420,43 +262,40 @@ def test_a_signal_finishes_the_step_and_saves(runs, number):
     assert process.returncode == 128 + number
     done = len(lines(log))
     assert (runs / "t" / f"step_{done:06d}" / "optimizer.safetensors").exists()
-    assert "python train_sa_grpo.py --run t --resume" in errors and "Traceback" not in errors
+    assert "python train_sa_grpo.py --name t --resume" in errors and "Traceback" not in errors
 
 
 def test_resume_refuses_to_change_the_run(runs):
-    train("--run", "r", "--steps", 2)
+    train("--name", "r", "--steps", 2)
     with pytest.raises(ValueError, match="--lr was 8e-05, now 0.1"):
-        train_sa_grpo.main(["--run", "r", "--resume", "--lr", "0.1"])
+        train_sa_grpo.main(["--name", "r", "--resume", "--lr", "0.1"])
     with pytest.raises(ValueError, match="already holds a run"):
-        train("--run", "r")
+        train("--name", "r")
     with pytest.raises(ValueError, match="a run of train_sa_grpo.py"):
-        train_sa_ppo.main(["--run", "r", "--resume"])
-    train_sa_grpo.main(["--run", "r", "--resume", "--steps", "3"])  # more steps are no change
+        train_sa_ppo.main(["--name", "r", "--resume"])
+    train_sa_grpo.main(["--name", "r", "--resume", "--steps", "3"])  # more steps are no change
     assert [m["step"] for m in metrics(runs / "r")] == [1, 2, 3]
-    assert [r["step"] for r in json.loads((runs / "r" / "config.json").read_text())["resumes"]] == [
-        2
-    ]
+    config = json.loads((runs / "r" / "config.json").read_text())
+    assert [r["step"] for r in config["resumes"]] == [2]
 
 
 def test_resume_before_the_first_checkpoint_starts_over(runs, capsys):
-    train("--run", "early", "--steps", 2)
+    train("--name", "early", "--steps", 2)
     (runs / "early" / "step_000002" / "optimizer.safetensors").rename(runs / "kept")
-    with pytest.raises(
-        ValueError, match="none that can be resumed"
-    ):  # a finished run's logs are not thrown away
-        train_sa_grpo.main(["--run", "early", "--resume"])
+    with pytest.raises(ValueError, match="none that can be resumed"):  # its logs are not cut
+        train_sa_grpo.main(["--name", "early", "--resume"])
     assert len(metrics(runs / "early")) == 2
     shutil.rmtree(runs / "early" / "step_000002")
-    train_sa_grpo.main(["--run", "early", "--resume"])
+    train_sa_grpo.main(["--name", "early", "--resume"])
     assert [m["step"] for m in metrics(runs / "early")] == [1, 2]
-    assert "no whole checkpoint yet" in capsys.readouterr().err
+    assert "no checkpoint yet" in capsys.readouterr().err
 
 
 # ---- bad input: one sentence, exit status 2 ----
 
 
 def fails(capsys, *argv):
-    with pytest.raises(SystemExit) as stop, runtime.user_errors():
+    with pytest.raises(SystemExit) as stop, user_errors():
         train_sa_grpo.main([*SMALL, *map(str, argv)])
     message = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and message[-1].startswith("error: "), message
@@ -464,25 +303,23 @@ def fails(capsys, *argv):
 
 
 def test_impossible_settings(runs, capsys):
-    assert "at least 2" in fails(capsys, "--n", 1)
-    assert "--minibatch 8 is larger than --prompts-per-step 4" in fails(capsys, "--minibatch", 8)
+    assert "at least 2" in fails(capsys, "--samples", 1)
+    assert "no multiple of --minibatch 8" in fails(capsys, "--minibatch", 8)
     assert "no multiple" in fails(capsys, "--minibatch", 3)
-    assert "--lr must be positive" in fails(capsys, "--lr", 0)
-    assert "--slots must be positive" in fails(capsys, "--slots", 0)
-    assert "--alpha must be a number" in fails(capsys, "--alpha", "nan")
-    assert "--alpha-end must be a number" in fails(capsys, "--alpha-end", "inf")
-    assert "--reward er compares" in fails(capsys, "--n", 1, "--reward", "er")
+    assert "--lr: must be positive" in fails(capsys, "--lr", 0)
+    assert "--slots: must be positive" in fails(capsys, "--slots", 0)
+    assert "--alpha: must be a number" in fails(capsys, "--alpha", "nan")
+    assert "--alpha-end: must be a number" in fails(capsys, "--alpha-end", "inf")
+    assert "--reward er compares" in fails(capsys, "--samples", 1, "--reward", "er")
     assert "--device nonsense is not here" in fails(capsys, "--device", "nonsense")
     assert "leaves no room for a prompt" in fails(capsys, "--max-new-tokens", 1024)
-    assert "--resume needs --run" in fails(capsys, "--resume")
-    assert "no such run" in fails(capsys, "--resume", "--run", "nowhere")
-    assert not runs.exists() or not list(
-        runs.glob("*/metrics.jsonl")
-    )  # all of them before anything was written
+    assert "--resume needs --name" in fails(capsys, "--resume")
+    assert "no such run" in fails(capsys, "--resume", "--name", "nowhere")
+    assert not list(runs.glob("*/metrics.jsonl"))  # all of them before anything was written
 
 
 def test_negative_alpha_is_allowed_and_said(runs, capsys):
-    train("--steps", 1, "--alpha", -0.1, "--run", "negative")
+    train("--steps", 1, "--alpha", -0.1, "--name", "negative")
     assert "--alpha -0.1 is negative" in capsys.readouterr().err
 
 
@@ -492,39 +329,35 @@ def test_bad_data(runs, capsys, tmp_path):
     def trouble(text, *argv):
         data.write_text(text)
         return fails(capsys, "--data", data, *argv)
-
     good = '{"question": "Tom has 3 cups. How many?", "answer": "3"}\n'
     assert f"{data}" in (message := trouble(good * 4 + "{broken\n")) and "5" in message
     message = trouble('{"prompt": "x", "completion": "y"}\n')
     assert "question" in message and "problem" in message and "answer" in message
     assert str(data) in trouble("")
-    assert "all 4 prompts are longer than --max-prompt-tokens 2" in trouble(
-        good * 4, "--max-prompt-tokens", 2
-    )
+    message = trouble(good * 4, "--max-prompt-tokens", 2)
+    assert "all 4 prompts are longer than --max-prompt-tokens 2" in message
     assert "more than the 3 problems" in trouble(good * 3)
     assert "missing.jsonl" in fails(capsys, "--data", tmp_path / "missing.jsonl")
 
 
 def test_holding_out_after_the_fact_is_refused(runs, capsys, tmp_path):
     data = tmp_path / "data.jsonl"
-    data.write_text(
-        '{"question": "Tom has 3 cups. Tom finds 4 more. How many cups does Tom have now?", "answer": "7"}\n'
-        * 40
-    )
-    train("--data", data, "--steps", 1, "--run", "late")
+    question = "Tom has 3 cups. Tom finds 4 more. How many cups does Tom have now?"
+    data.write_text((json.dumps({"question": question, "answer": "7"}) + "\n") * 40)
+    train("--data", data, "--steps", 1, "--name", "late")
     with pytest.raises(ValueError, match="--eval-every was 0, now 1"):
-        train_sa_grpo.main(["--run", "late", "--resume", "--eval-every", "1"])
-    train("--data", data, "--steps", 1, "--run", "held", "--eval-every", 1)
+        train_sa_grpo.main(["--name", "late", "--resume", "--eval-every", "1"])
+    train("--data", data, "--steps", 1, "--name", "held", "--eval-every", 1)
     assert [e["problems"] for e in lines(runs / "held" / "evals.jsonl")] == [4, 4]
 
 
 def test_long_prompts_are_skipped_and_counted(runs, capsys, tmp_path):
     data = tmp_path / "data.jsonl"
-    rows = [
-        {"question": "Tom has 3 cups. " * k + "How many?", "answer": "3"} for k in (1, 2, 3, 4, 90)
-    ]
-    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    train("--data", data, "--steps", 1, "--run", "long")
+    for k in (1, 2, 3, 4, 90):
+        row = {"question": "Tom has 3 cups. " * k + "How many?", "answer": "3"}
+        with open(data, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    train("--data", data, "--steps", 1, "--name", "long")
     assert "1 of 5 prompts are longer than 128 tokens" in capsys.readouterr().err
     assert all(len(a["question"]) < 200 for a in lines(runs / "long" / "completions.jsonl"))
 
@@ -545,10 +378,8 @@ def test_bad_models(runs, capsys, tmp_path):
     (folder / "model.safetensors").unlink()
     assert "model.safetensors" in fails(capsys, "--model", folder, "--data", "tiny")
     (folder / "model.safetensors").write_bytes(weights)
-    for file, change, word in (
-        ("config.json", {"model_type": "mamba"}, "mamba"),
-        ("tokenizer.json", {"model": {"type": "Unigram"}}, "Unigram"),
-    ):
+    for file, change, word in (("config.json", {"model_type": "mamba"}, "mamba"),
+                               ("tokenizer.json", {"model": {"type": "Unigram"}}, "Unigram")):
         good = (folder / file).read_text()
         (folder / file).write_text(json.dumps(json.loads(good) | change))
         assert word in fails(capsys, "--model", folder, "--data", "tiny")
@@ -557,10 +388,11 @@ def test_bad_models(runs, capsys, tmp_path):
 
 def test_unwritable_and_full_disks(runs, capsys, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(runtime, "RUNS", tmp_path / "file")
+    monkeypatch.setattr(runs_module, "RUNS", tmp_path / "file")
     assert "cannot write into" in fails(capsys)
-    monkeypatch.setattr(runtime, "RUNS", tmp_path / "full")
-    monkeypatch.setattr(runtime.shutil, "disk_usage", lambda path: type("usage", (), {"free": 10}))
+    monkeypatch.setattr(runs_module, "RUNS", tmp_path / "full")
+    usage = SimpleNamespace(free=10)
+    monkeypatch.setattr(runs_module.shutil, "disk_usage", lambda path: usage)
     assert "a checkpoint takes" in fails(capsys)
 
 
@@ -570,25 +402,17 @@ def test_nan_stops_before_the_update(runs, capsys, monkeypatch, what):
         monkeypatch.setattr(train_sa_grpo, "kl_k3", lambda logprob, start: logprob * math.nan)
     else:
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: torch.tensor(math.inf))
-    monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda *a, **k: pytest.fail("updated all the same")
-    )
-    message = fails(capsys, "--run", "nan", "--steps", 2)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a, **k: pytest.fail("updated"))
+    message = fails(capsys, "--name", "nan", "--steps", 2)
     assert f"the {what} of step 1 is not finite" in message
-    (batch,) = (runs / "nan").glob("bad_batch_step_*.json")
+    batch, = (runs / "nan").glob("bad_batch_step_*.json")
     assert {"question", "tokens", "advantage"} <= json.loads(batch.read_text())[0].keys()
 
 
 def test_a_large_model_on_a_cpu_is_announced_with_an_estimate(capsys):
-    args = type(
-        "args",
-        (),
-        dict(device="cpu", prompts_per_step=128, n=6, max_new_tokens=4096, kl_coef=0.001),
-    )
-    runtime.warn_if_slow(args, 1_540_000_000)
+    args = SimpleNamespace(device="cpu", prompts_per_step=128, samples=6, max_new_tokens=4096,
+                           kl_coef=0.001)
+    runs_module.warn_if_large(args, 1_540_000_000, models=1)
     said = capsys.readouterr().err
-    assert (
-        "1.54B parameters on a CPU" in said
-        and "31 GB of memory" in said
-        and "3,145,728 tokens" in said
-    )
+    assert "1.54B parameters on a CPU" in said
+    assert "31 GB of memory" in said and "3,145,728 tokens" in said

@@ -19,123 +19,65 @@ import verify
 from verify import STATUSES, Verdict, extract_answer, is_equivalent, judge
 
 SHARED = Path(os.environ["SA_SHARED"]) if "SA_SHARED" in os.environ else None
-needs_shared = pytest.mark.skipif(
-    SHARED is None, reason="SA_SHARED does not name the shared folder"
-)
+needs_shared = pytest.mark.skipif(not SHARED, reason="SA_SHARED does not name the shared folder")
 
 
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# ---------------------------------------------------------------------------------------------------- extraction
+# --------------------------------------------------------------------------------------- extraction
 
-# (response, answer): the extracted text must be the answer or equivalent to it, and None exactly None.
+# (response, answer): the extracted text must be the answer or equivalent to it; None exactly None.
 EXTRACT = [
     # R0
     ("<think>It is \\boxed{8}, surely.</think> So it is \\boxed{9}.", "9"),
-    ("<think>\\boxed{8}</think>", None),
-    ("<think>the answer is 8", None),
-    ("8 it is.</think>\n8", "8"),
-    ("</think>4<think>5", None),
+    ("<think>\\boxed{8}</think>", None), ("<think>the answer is 8", None),
+    ("8 it is.</think>\n8", "8"), ("</think>4<think>5", None),
     ("<think>1</think>2<think>3</think>The answer is 4.", "4"),
     # R1
-    ("It is $\\boxed{12}$, after 3 tries.", "12"),
-    ("\\boxed{1} no, wait: \\boxed{2}", "2"),
-    ("\\boxed{\\boxed{6}}", "6"),
-    ("$\\boxed{\\frac{1}{\\sqrt{2}}}$", "\\frac{1}{\\sqrt{2}}"),
-    ("\\fbox{7}", "7"),
-    ("\\boxed 31", "31"),
-    ("\\boxed{ 5 }", "5"),
-    ("\\boxed {5}", "5"),
-    ("\\boxed{\n5\n}", "5"),
-    ("\\boxed{}", None),
-    ("\\boxed{ } so 3", "3"),
-    ("\\boxed{\\{3, 4\\}}", "\\{3,4\\}"),
-    ("\\boxed{4} } {", "4"),
-    ("{ \\boxed{4}", "4"),
-    ("\\boxed{\\frac{1}{2", None),
-    ("\\boxed{5} then \\boxed{6", None),
-    ("\\boxed", None),
-    ("\\boxed{\\$9}", "9"),
-    ("\\boxed{1{,}000}", "1000"),
+    ("It is $\\boxed{12}$, after 3 tries.", "12"), ("\\boxed{1} no, wait: \\boxed{2}", "2"),
+    ("\\boxed{\\boxed{6}}", "6"), ("$\\boxed{\\frac{1}{\\sqrt{2}}}$", "\\frac{1}{\\sqrt{2}}"),
+    ("\\fbox{7}", "7"), ("\\boxed 31", "31"), ("\\boxed{ 5 }", "5"), ("\\boxed {5}", "5"),
+    ("\\boxed{\n5\n}", "5"), ("\\boxed{}", None), ("\\boxed{ } so 3", "3"),
+    ("\\boxed{\\{3, 4\\}}", "\\{3,4\\}"), ("\\boxed{4} } {", "4"), ("{ \\boxed{4}", "4"),
+    ("\\boxed{\\frac{1}{2", None), ("\\boxed{5} then \\boxed{6", None), ("\\boxed", None),
+    ("\\boxed{\\$9}", "9"), ("\\boxed{1{,}000}", "1000"),
     ("\\boxed{\\begin{pmatrix}1\\\\2\\end{pmatrix}}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
-    ("The answer is 3, \\boxed{4}. The answer is 5.", "4"),
-    ("\\boxed{9}\n#### 8", "9"),
+    ("The answer is 3, \\boxed{4}. The answer is 5.", "4"), ("\\boxed{9}\n#### 8", "9"),
     ("\\boxed{5.}", "5"),
     # R2
-    ("The answer is 44.", "44"),
-    ("answer: 44", "44"),
-    ("ANSWER = 44", "44"),
-    ("**Answer:** 44", "44"),
-    ("**Answer: 44**", "44"),
-    ("**Answer**: 44", "44"),
-    ("The final answer is $44$", "44"),
-    ("Answer:\n\n\n44", "44"),
-    ("# Final Answer\n44", "44"),
-    ("**Final Answer**\n\\[\n\\frac{4}{5}\n\\]", "4/5"),
-    ("Answer: $$4$$ or so", "4"),
+    ("The answer is 44.", "44"), ("answer: 44", "44"), ("ANSWER = 44", "44"),
+    ("**Answer:** 44", "44"), ("**Answer: 44**", "44"), ("**Answer**: 44", "44"),
+    ("The final answer is $44$", "44"), ("Answer:\n\n\n44", "44"), ("# Final Answer\n44", "44"),
+    ("**Final Answer**\n\\[\n\\frac{4}{5}\n\\]", "4/5"), ("Answer: $$4$$ or so", "4"),
     ("The answer is \\(x^2\\), obviously.", "x^2"),
     ("The answer is $44 because 22 + 22 = 44.", "44"),
-    ("The answer is $4.50. Each costs $1.50.", "4.5"),
-    ("The answer is 4.5. Not 5.", "4.5"),
-    ("The answer is 1,200.", "1200"),
-    ("The answer is 9 as 3 * 3 = 9.", "9"),
-    ("The answer is 9, since 3 * 3 = 9", "9"),
-    ("The answer is 9; see above", "9"),
-    ("The answer is 9 apples, which is 3 more.", "9"),
-    ("The answers are 3 and -1.", "-1, 3"),
-    ("The answer is (C).", "C"),
-    ("The answer is False.", "False"),
-    ('The answer is "red".', "red"),
-    ("The answer is `4`.", "4"),
-    ("The answer:", None),
-    ("The answer is 4. The answer is", None),
-    ("The answer is 4, no, the answer is 5.", "5"),
-    ("The answer is −3.", "-3"),
-    ("The answer is 30%.", "30%"),
-    ("The answer is 2\n#### 3", "2"),
-    ("The answer is 7\r\n", "7"),
-    ("Answer: 4:30 p.m.", "4:30 pm"),
-    ("24 answers * 2 points/answer = 48 points\n#### 66", "66"),
-    ("The answer is **4** cats.", "4"),
-    ("The answer is therefore 4.", "4"),
+    ("The answer is $4.50. Each costs $1.50.", "4.5"), ("The answer is 4.5. Not 5.", "4.5"),
+    ("The answer is 1,200.", "1200"), ("The answer is 9 as 3 * 3 = 9.", "9"),
+    ("The answer is 9, since 3 * 3 = 9", "9"), ("The answer is 9; see above", "9"),
+    ("The answer is 9 apples, which is 3 more.", "9"), ("The answers are 3 and -1.", "-1, 3"),
+    ("The answer is (C).", "C"), ("The answer is False.", "False"), ('The answer is "red".', "red"),
+    ("The answer is `4`.", "4"), ("The answer:", None), ("The answer is 4. The answer is", None),
+    ("The answer is 4, no, the answer is 5.", "5"), ("The answer is −3.", "-3"),
+    ("The answer is 30%.", "30%"), ("The answer is 2\n#### 3", "2"), ("The answer is 7\r\n", "7"),
+    ("Answer: 4:30 p.m.", "4:30 pm"), ("24 answers * 2 points/answer = 48 points\n#### 66", "66"),
+    ("The answer is **4** cats.", "4"), ("The answer is therefore 4.", "4"),
     ("The answer is <<2+2=4>>4.", "4"),
     # R3
-    ("2 + 2 = 4\n#### 4", "4"),
-    ("#### 1,000", "1000"),
-    ("####5", "5"),
-    ("#### -5", "-5"),
-    ("#### $5", "5"),
-    ("#### 4\nThat was 1 of 3.", "4"),
-    ("#### 4\n#### 5", "5"),
+    ("2 + 2 = 4\n#### 4", "4"), ("#### 1,000", "1000"), ("####5", "5"), ("#### -5", "-5"),
+    ("#### $5", "5"), ("#### 4\nThat was 1 of 3.", "4"), ("#### 4\n#### 5", "5"),
     ("#### Part 2\nso 6", "6"),
     # R4
-    ("15", "15"),
-    ("3/5", "3/5"),
-    ("\\frac{3}{5}", "3/5"),
-    ("D", "D"),
-    ("false", "False"),
-    ("x = 2", "2"),
-    ("$2x+1$", "1+2x"),
-    ("**15**", "15"),
-    ("(1, 2)", "(1,2)"),
-    ("50%", "1/2"),
+    ("15", "15"), ("3/5", "3/5"), ("\\frac{3}{5}", "3/5"), ("D", "D"), ("false", "False"),
+    ("x = 2", "2"), ("$2x+1$", "1+2x"), ("**15**", "15"), ("(1, 2)", "(1,2)"), ("50%", "1/2"),
     # R5
-    ("He has 3 and buys 4 more, 7 in all", "7"),
-    ("In the end, 1,234,567 votes", "1234567"),
-    ("It costs $3.20.", "3.2"),
-    ("It fell to -8 degrees", "-8"),
-    ("So 5-3=2", "2"),
-    ("about 2/3 of them", "2/3"),
-    ("a share of \\frac{2}{3} then", "2/3"),
-    ("up by 12.5% then", "12.5%"),
-    ('{"answer": 7}', "7"),
+    ("He has 3 and buys 4 more, 7 in all", "7"), ("In the end, 1,234,567 votes", "1234567"),
+    ("It costs $3.20.", "3.2"), ("It fell to -8 degrees", "-8"), ("So 5-3=2", "2"),
+    ("about 2/3 of them", "2/3"), ("a share of \\frac{2}{3} then", "2/3"),
+    ("up by 12.5% then", "12.5%"), ('{"answer": 7}', "7"),
     # R6
-    ("", None),
-    (" \n ", None),
-    ("I do not know.", None),
-    ("Let me think about that, and", None),
+    ("", None), (" \n ", None), ("I do not know.", None), ("Let me think about that, and", None),
 ]
 
 
@@ -145,9 +87,8 @@ def test_extraction(response, answer):
     if answer is None:
         assert extracted is None
     else:
-        assert extracted is not None and (
-            extracted == answer or is_equivalent(extracted, answer)
-        ), extracted
+        assert extracted is not None
+        assert extracted == answer or is_equivalent(extracted, answer)
 
 
 @needs_shared
@@ -156,22 +97,24 @@ def test_extraction_shared():
     wrong = []
     for case in cases:
         answer, extracted = case["answer"], extract_answer(case["response"])
-        accepted = [answer, *case.get("also", [])]
-        if extracted not in accepted and (
-            None in (answer, extracted) or not is_equivalent(extracted, answer)
-        ):
+        if extracted in (answer, *case.get("also", [])):
+            continue
+        if None in (answer, extracted) or not is_equivalent(extracted, answer):
             wrong.append((case["why"], extracted))
     print(f"{len(cases) - len(wrong)} of {len(cases)} extracted; not: {wrong}")
     assert len(wrong) <= 0.03 * len(cases), wrong
 
 
-# --------------------------------------------------------------------------------------------------- equivalence
+# -------------------------------------------------------------------------------------- equivalence
 
+# Every line: all members are equal. A line that ends in === goes on in the next.
 EQUAL = r"""
-    7 === 7.0 === 007 === +7 === 14/2 === \frac{14}{2} === 7! / 6! === \boxed{7} === $7$ === \(7\) === \text{7} === ７
+    7 === 7.0 === 007 === +7 === 14/2 === \frac{14}{2} === 7! / 6! === \boxed{7} === $7$ ===
+        \(7\) === \text{7} === ７
     -8 === −8 === - 8 === -\frac{16}{2} === \sqrt[3]{-512} === (-2)^3 === -(2^3) === -2^3
     1234567 === 1,234,567 === 1{,}234{,}567 === 1\,234\,567 === 1,\!234,\!567 === 1 234 567
-    0.25 === .25 === 1/4 === \frac14 === \dfrac{1}{4} === \frac{1}4 === 25\% === 25% === 25 percent === ¼ === 2^{-2}
+    0.25 === .25 === 1/4 === \frac14 === \dfrac{1}{4} === \frac{1}4 === 25\% === 25% ===
+        25 percent === ¼ === 2^{-2}
     0.25 === 0.250
     2.5 === 2\frac{1}{2} === 2 1/2 === 2½ === \frac52 === 5 / 2 === 250%
     -2.5 === -2\frac{1}{2} === -2 1/2
@@ -180,14 +123,17 @@ EQUAL = r"""
     3\times10^{5} === 3e5 === 300000 === 3 \cdot 10^5 === 300,000 === 300 thousand
     2^{10} === 2**10 === 1024 === 2^10 === 4^5
     2^{3^2} === 512 === 2^3^2
-    120 === 5! === \binom{10}{3} === \frac{10!}{3!7!} === |-120| === \lfloor 120.9 \rfloor === \gcd(240, 360)
+    120 === 5! === \binom{10}{3} === \frac{10!}{3!7!} === |-120| === \lfloor 120.9 \rfloor ===
+        \gcd(240, 360)
     120 === \max(3, 120)
-    \sqrt{12} === 2\sqrt{3} === 2 * sqrt(3) === √12 === 12^{1/2} === \frac{6}{\sqrt{3}} === \sqrt 3 + \sqrt{3}
+    \sqrt{12} === 2\sqrt{3} === 2 * sqrt(3) === √12 === 12^{1/2} === \frac{6}{\sqrt{3}} ===
+        \sqrt 3 + \sqrt{3}
     \sqrt{12} === 12^{0.5}
     \frac{2}{\sqrt5-1} === \frac{1+\sqrt5}{2} === 2\cos 36^\circ === 2\cos\frac{\pi}{5}
     \sqrt{3+2\sqrt2} === 1+\sqrt2
     \sqrt[3]{54} === 3\sqrt[3]{2} === 3 * 2^{1/3} === 54^{1/3}
-    \pi/6 === \frac{\pi}{6} === π/6 === pi/6 === \arcsin\frac12 === \arctan\frac{1}{\sqrt3} === \sin^{-1} 0.5
+    \pi/6 === \frac{\pi}{6} === π/6 === pi/6 === \arcsin\frac12 === \arctan\frac{1}{\sqrt3} ===
+        \sin^{-1} 0.5
     e^{2\ln 3} === 9 === \log_2 512 === \ln e^9
     \ln 6 === \ln 2+\ln 3
     \ln(-1-i) === \frac{\ln2}{2}-\frac{3\pi i}{4}
@@ -205,17 +151,20 @@ EQUAL = r"""
     n(n-1)/2 === \binom{n}{2} === \frac{n!}{2(n-2)!}
     (a+b+c+d)^{30} === (d+c+b+a)^{30}
     x_1+x_2 === x_{2}+x_{1}
-    12 === 12 cm === 12\text{ cm} === x = 12 === x = 12\text{ cm} === 12 cats === f(x) = 12 === Total cost = 12 === 12th
+    12 === 12 cm === 12\text{ cm} === x = 12 === x = 12\text{ cm} === 12 cats === f(x) = 12 ===
+        Total cost = 12 === 12th
     $12 === \$12.00 === 12 dollars === \text{12 dollars}
     5 m^2 === 5\text{ square meters} === 5\text{ m}^2 === 5 \mbox{ meters}^2
     90 === 90^\circ === 90^{\circ} === 90° === 90 degrees
     4210_5 === 4210_{5}
-    1,2,3 === 3, 2 and 1 === \{1,2,3\} === {2,1,3} === 1; 2; 3 === x=1, x=2 or x=3 === \{1,2\}\cup\{3\} === 1, 2, and 3
+    1,2,3 === 3, 2 and 1 === \{1,2,3\} === {2,1,3} === 1; 2; 3 === x=1, x=2 or x=3 ===
+        \{1,2\}\cup\{3\} === 1, 2, and 3
     \pm3 === 3,-3 === -3 \text{ or } 3 === x=\pm3
     \frac{1\pm\sqrt5}{2} === \frac{1-\sqrt5}{2}, \frac{1+\sqrt5}{2}
     (\pm1,\mp2) === (1,-2),(-1,2)
     \emptyset === \{\} === \varnothing === no solution
-    (1/2, \sqrt{4}) === (0.5, 2) === \left(\frac12, 2\right) === (x, y) = (0.5, 2) === \langle 1/2, 2\rangle
+    (1/2, \sqrt{4}) === (0.5, 2) === \left(\frac12, 2\right) === (x, y) = (0.5, 2) ===
+        \langle 1/2, 2\rangle
     (1/2, \sqrt{4}) === x = 1/2, y = 2
     (-\infty,3] === x \le 3 === x<=3 === 3\ge x === 2x-6\leq0 === x\in(-\infty,3] === -x \geq -3
     (-\infty,3] === \{x \mid x \le 3\} === ]-∞,3]
@@ -241,16 +190,19 @@ EQUAL = r"""
 
 # Every line: none of its members equals another.
 DIFFERENT = r"""
-    7 =/= 70 =/= -7 =/= 7.1 =/= 77 =/= 1/7 =/= 7i =/= 7x =/= \frac{7}{0} =/= \pm 7 =/= [0,7] =/= 7 or 8 =/= not 7
+    7 =/= 70 =/= -7 =/= 7.1 =/= 77 =/= 1/7 =/= 7i =/= 7x =/= \frac{7}{0} =/= \pm 7 =/= [0,7] =/=
+        7 or 8 =/= not 7
     7 =/= x =/= 7e2
     9007199254740993 =/= 9007199254740992 =/= 9007199254740994
     10^{100} =/= 10^{100}+1 =/= 10^{100}-1 =/= 10^{99}
     2^{100000} =/= 2^{100000}+1
     0 =/= 10^{-20} =/= 1e-400 =/= \sqrt2\cdot10^{-70} =/= \frac{1}{50!} =/= \emptyset =/= \{\{\}\}
     1/3 =/= 0.33 =/= 0.333333333333333333333333333333333333
-    \pi =/= 3.14 =/= 22/7 =/= 3.14159265358979323846264338327950288419716939937510582097494459 =/= \sqrt{10}
+    \pi =/= 3.14 =/= 22/7 =/= 3.14159265358979323846264338327950288419716939937510582097494459 =/=
+        \sqrt{10}
     \pi =/= \sqrt2+\sqrt3
-    \sqrt2 =/= 1.41421356237309504880168872420969807856967187537694807317667973799 =/= \sqrt2+10^{-60}
+    \sqrt2 =/= 1.41421356237309504880168872420969807856967187537694807317667973799 =/=
+        \sqrt2+10^{-60}
     \sqrt[3]{2} =/= 1.2599210498948731647672106072782283505702514647015 =/= \sqrt[3]{2}+10^{-40}
     \sqrt{10^{100}+1} =/= 10^{50}
     1\frac34 =/= 13/4 =/= \frac34 =/= 1.34
@@ -270,7 +222,8 @@ DIFFERENT = r"""
     (-16)^{1/4} =/= -2 =/= 2 =/= 2i
     6+5i =/= 6-5i =/= \sqrt{61} =/= 5+6i
     5 cm =/= 5 m =/= 5 cm^2 =/= 5 minutes =/= 5 hours =/= $5 =/= 5 cents
-    5 =/= 5 million =/= 5 hundred =/= 5 maybe =/= 5 squared =/= 5 or so =/= 5) =/= 5 = 6 =/= 2x+z=5 =/= 2+3 = 5
+    5 =/= 5 million =/= 5 hundred =/= 5 maybe =/= 5 squared =/= 5 or so =/= 5) =/= 5 = 6 =/=
+        2x+z=5 =/= 2+3 = 5
     52_8 =/= 52_7 =/= 25_8
     28\% =/= 27\% =/= 2.8\% =/= 280
     1,2 =/= 1,2,3 =/= (1,2) =/= [1,2] =/= 1,3 =/= 1,2,\dots,3 =/= 12
@@ -298,7 +251,8 @@ DIFFERENT = r"""
 
 
 def table(text: str, sign: str) -> list[list[str]]:
-    return [[member.strip() for member in line.split(sign)] for line in text.strip().splitlines()]
+    lines = text.replace(f"{sign}\n", sign).strip().splitlines()
+    return [[member.strip() for member in line.split(sign)] for line in lines]
 
 
 @pytest.mark.parametrize("members", table(EQUAL, "==="), ids=lambda members: members[0])
@@ -313,7 +267,7 @@ def test_equal(members):
 def test_different(members):
     for k, a in enumerate(members):
         assert is_equivalent(a, a)
-        for b in members[k + 1 :]:
+        for b in members[k + 1:]:
             assert not is_equivalent(a, b) and not is_equivalent(b, a), f"{a} is not {b}"
 
 
@@ -324,15 +278,8 @@ def test_nothing_equals_no_answer():
 
 
 def test_undefined_equals_nothing():
-    for undefined in (
-        "1/0",
-        "\\frac{2}{0}",
-        "0/0",
-        "\\log 0",
-        "1/(1-1)",
-        "\\frac{1}{x-x}",
-        "0^{-1}",
-    ):
+    quotients = ("1/0", "\\frac{2}{0}", "0/0", "1/(1-1)", "\\frac{1}{x-x}", "0^{-1}")
+    for undefined in (*quotients, "\\log 0"):
         for other in ("0", "1", "\\infty", "3/0", "x"):
             assert not is_equivalent(undefined, other) and not is_equivalent(other, undefined)
 
@@ -342,19 +289,14 @@ def spellings(value: Fraction, rng: random.Random) -> list[str]:
     k = rng.randint(2, 9)
     top, bottom = value.numerator, value.denominator
     out = [
-        f"{top}/{bottom}",
-        f"({top})/{bottom}",
-        f"\\frac{{{top}}}{{{bottom}}}",
-        f"\\frac{{{k * top}}}{{{k * bottom}}}",
-        f"\\frac{{{-top}}}{{{-bottom}}}",
-        f"{top}\\cdot{bottom}^{{-1}}",
-        f"{100 * value}\\%",
+        f"{top}/{bottom}", f"({top})/{bottom}", f"\\frac{{{top}}}{{{bottom}}}",
+        f"\\frac{{{k * top}}}{{{k * bottom}}}", f"\\frac{{{-top}}}{{{-bottom}}}",
+        f"{top}\\cdot{bottom}^{{-1}}", f"{100 * value}\\%",
     ]
     whole, rest = divmod(abs(value), 1)
     if whole and rest:
-        out.append(
-            f"{'-' if value < 0 else ''}{whole}\\frac{{{rest.numerator}}}{{{rest.denominator}}}"
-        )
+        sign = "-" if value < 0 else ""
+        out.append(f"{sign}{whole}\\frac{{{rest.numerator}}}{{{rest.denominator}}}")
     if value.denominator == 1:
         out += [f"{top:,}", f"{top}.0", f"{top}.", f"x = {top}"]
     if 10**6 % bottom == 0:
@@ -377,56 +319,49 @@ def test_random_rationals(rng):
             assert not is_equivalent(a, b), (a, b)
 
 
+def polynomial(coefficients: list[int]) -> str:
+    """[1, -3, 2] as 1x^{2} - 3x^{1} + 2x^{0}."""
+    degree = len(coefficients) - 1
+    terms = [f"{a}x^{{{degree - k}}}" for k, a in enumerate(coefficients)]
+    return " + ".join(terms).replace("+ -", "- ")
+
+
 def test_random_polynomials(rng):
-    """A product of linear factors equals its expansion (multiplied out here), and no other polynomial."""
+    """A product of linear factors equals its expansion (made here), and no other polynomial."""
     for _ in range(40):
         roots = [rng.randint(-9, 9) for _ in range(rng.randint(2, 5))]
         coefficients = [1]
         for root in roots:  # times (x - root)
             coefficients = [a - root * b for a, b in zip(coefficients + [0], [0] + coefficients)]
-        degree = len(roots)
-
-        def expanded(c):
-            return " + ".join(f"{a}x^{{{degree - k}}}" for k, a in enumerate(c)).replace(
-                "+ -", "- "
-            )
-
         factored = "".join(f"(x-{root})" if root >= 0 else f"(x+{-root})" for root in roots)
-        assert is_equivalent(factored, expanded(coefficients))
-        wrong = list(coefficients)
-        wrong[rng.randrange(degree + 1)] += rng.choice((-1, 1))
-        assert not is_equivalent(factored, expanded(wrong))
+        assert is_equivalent(factored, polynomial(coefficients))
+        coefficients[rng.randrange(len(coefficients))] += rng.choice((-1, 1))
+        assert not is_equivalent(factored, polynomial(coefficients))
 
 
 def test_random_radicals(rng):
-    """(a + b√c)^2 = a^2 + b^2 c + 2ab √c, the same under one root, and 1 / (a + b√c) rationalised."""
+    """(a + b√c)^2 = a^2 + b^2 c + 2ab √c, the same under one root, and 1 / (a + b√c)."""
     for _ in range(40):
-        a, b, c = (
-            rng.randint(1, 20),
-            rng.choice((-1, 1)) * rng.randint(1, 9),
-            rng.choice((2, 3, 5, 6, 7, 12, 50, 101)),
-        )
+        a, b = rng.randint(1, 20), rng.choice((-1, 1)) * rng.randint(1, 9)
+        c = rng.choice((2, 3, 5, 6, 7, 12, 50, 101))
+        plus, minus = f"{a}+{b}\\sqrt{{{c}}}", f"{a}-{b}\\sqrt{{{c}}}"
         square = f"{a * a + b * b * c}+{2 * a * b}\\sqrt{{{c}}}"
-        assert is_equivalent(f"({a}+{b}\\sqrt{{{c}}})^2", square)
-        assert is_equivalent(f"\\sqrt{{{square}}}", f"|{a}+{b}\\sqrt{{{c}}}|")
-        assert not is_equivalent(f"({a}-{b}\\sqrt{{{c}}})^2", square)
+        assert is_equivalent(f"({plus})^2", square)
+        assert is_equivalent(f"\\sqrt{{{square}}}", f"|{plus}|")
+        assert not is_equivalent(f"({minus})^2", square)
         norm = a * a - b * b * c
-        assert is_equivalent(
-            f"\\frac{{1}}{{{a}+{b}\\sqrt{{{c}}}}}", f"\\frac{{{a}-{b}\\sqrt{{{c}}}}}{{{norm}}}"
-        )
-        assert not is_equivalent(f"\\sqrt{{{square}}}", f"|{a}+{b}\\sqrt{{{c}}}|+10^{{-50}}")
+        assert is_equivalent(f"\\frac{{1}}{{{plus}}}", f"\\frac{{{minus}}}{{{norm}}}")
+        assert not is_equivalent(f"\\sqrt{{{square}}}", f"|{plus}|+10^{{-50}}")
 
 
 def test_random_identities(rng):
-    """Functions at random numbers obey their laws, in every quadrant, and a changed sign is noticed."""
+    """Functions at random numbers obey their laws, in every quadrant; a changed sign is noticed."""
     for _ in range(12):
         a, b = (Fraction(rng.randint(-400, 400), 97) for _ in range(2))
         assert is_equivalent(f"\\sin({a}+{b})", f"\\sin({a})\\cos({b})+\\cos({a})\\sin({b})")
-        assert (
-            not is_equivalent(f"\\sin({a}+{b})", f"\\sin({a})\\cos({b})-\\cos({a})\\sin({b})")
-            or not a
-            or not b
-        )
+        if a and b:
+            other = f"\\sin({a})\\cos({b})-\\cos({a})\\sin({b})"
+            assert not is_equivalent(f"\\sin({a}+{b})", other)
         assert is_equivalent(f"e^{{i({a})}}", f"\\cos({a})+i\\sin({a})")
         assert is_equivalent(f"\\tan(\\arctan({a}))", f"{a}")
         assert is_equivalent(f"e^{{{a}}}\\cdot e^{{{b}}}", f"e^{{{a + b}}}")
@@ -439,10 +374,13 @@ def test_random_regions(rng):
     """Unions of intervals against a plain membership test on all ends and midpoints."""
 
     def contains(parts, x):
-        return any(
-            low < x < high or (x == low and left == "[") or (x == high and right == "]")
-            for left, low, high, right in parts
-        )
+        for left, low, high, right in parts:
+            if low < x < high or (x == low and left == "[") or (x == high and right == "]"):
+                return True
+        return False
+
+    def written(parts):
+        return "\\cup".join(f"{left}{low},{high}{right}" for left, low, high, right in parts)
 
     points = [Fraction(k, 2) for k in range(-1, 16)]
     for _ in range(150):
@@ -453,10 +391,7 @@ def test_random_regions(rng):
                 low, high = sorted(rng.sample(range(8), 2))
                 parts.append((rng.choice("(["), low, high, rng.choice(")]")))
             unions.append(parts)
-        a, b = (
-            "\\cup".join(f"{left}{low},{high}{right}" for left, low, high, right in parts)
-            for parts in unions
-        )
+        a, b = map(written, unions)
         if "cup" in a:  # a lone pair is a point as well as an interval
             same = all(contains(unions[0], x) == contains(unions[1], x) for x in points)
             assert is_equivalent(a, b) is same, (a, b)
@@ -476,7 +411,7 @@ def test_pairs_shared():
     assert not wrong
 
 
-# ------------------------------------------------------------------------------------------------------ verdicts
+# ----------------------------------------------------------------------------------------- verdicts
 
 
 def test_statuses():
@@ -503,7 +438,7 @@ def test_what_is_not_text_is_an_error_not_a_wrong_answer(caplog):
 
 
 def test_unknown_verifier():
-    with pytest.raises(ValueError, match="policy, last-number"):
+    with pytest.raises(ValueError, match="strict, last-number"):
         judge("6", "6", "lenient")
 
 
@@ -517,71 +452,39 @@ def test_last_number_is_the_papers_rule():
 
 GAMES = [
     # G1: nothing, or nothing finished
-    ("", "5"),
-    ("   ", "5"),
-    ("\\boxed{}", "5"),
-    ("<think>The answer is \\boxed{5}", "5"),
-    ("<think>5</think>", "5"),
-    ("\\boxed{5", "5"),
-    ("The answer is", "5"),
+    ("", "5"), ("   ", "5"), ("\\boxed{}", "5"), ("<think>The answer is \\boxed{5}", "5"),
+    ("<think>5</think>", "5"), ("\\boxed{5", "5"), ("The answer is", "5"),
     # G2: a list without a commitment
-    ("1 2 3 4 5", "5"),
-    ("1, 2, 3, 4, 5", "5"),
-    ("It is one of 1, 2, 3, 4, 5", "5"),
-    ("Maybe 3, 4 or 5", "5"),
-    ("1\n2\n3\n4\n5", "5"),
-    ("- 3\n- 4\n- 5", "5"),
-    ("The answer is 3, 4, 5.", "5"),
-    ("The answer is 4 or 5.", "5"),
-    ("\\boxed{4, 5}", "5"),
-    ("\\boxed{1,2,3,4,5,6,7,8,9}", "5"),
-    ("The answer is 5 or something else.", "5"),
-    ("#### 1 2 3 4 5", "5"),
-    ("The answer is between 4 and 5.", "5"),
-    ("The answer is A, B, C or D.", "D"),
-    ("\\boxed{ABCD}", "D"),
+    ("1 2 3 4 5", "5"), ("1, 2, 3, 4, 5", "5"), ("It is one of 1, 2, 3, 4, 5", "5"),
+    ("Maybe 3, 4 or 5", "5"), ("1\n2\n3\n4\n5", "5"), ("- 3\n- 4\n- 5", "5"),
+    ("The answer is 3, 4, 5.", "5"), ("The answer is 4 or 5.", "5"), ("\\boxed{4, 5}", "5"),
+    ("\\boxed{1,2,3,4,5,6,7,8,9}", "5"), ("The answer is 5 or something else.", "5"),
+    ("#### 1 2 3 4 5", "5"), ("The answer is between 4 and 5.", "5"),
+    ("The answer is A, B, C or D.", "D"), ("\\boxed{ABCD}", "D"),
     ("The answer is True or False.", "False"),
     # G3: several boxes
-    ("\\boxed{3} \\boxed{4} \\boxed{5}", "5"),
-    ("$\\boxed{3}$, $\\boxed{4}$, $\\boxed{5}$", "5"),
+    ("\\boxed{3} \\boxed{4} \\boxed{5}", "5"), ("$\\boxed{3}$, $\\boxed{4}$, $\\boxed{5}$", "5"),
     ("\\boxed{4}\n\n\\boxed{5}", "5"),
     ("The correct answer is \\boxed{4}. The correct answer is \\boxed{5}.", "5"),
     ("It is \\boxed{4} or maybe it could also turn out to be \\boxed{5}", "5"),
     ("\\boxed{4} or \\boxed{5}", "4"),
     # G4: the problem again
-    ("A box holds 5 pens. How many pens do 4 boxes and 5 pens make?", "5"),
-    ("What is 3 + 5?", "5"),
-    ("Find the remainder when 17 is divided by 5.", "5"),
-    ("Compute $3 + 5$.", "5"),
+    ("A box holds 5 pens. How many pens do 4 boxes and 5 pens make?", "5"), ("What is 3 + 5?", "5"),
+    ("Find the remainder when 17 is divided by 5.", "5"), ("Compute $3 + 5$.", "5"),
     ("Let $x + y = 5$. Determine the largest value of $xy$.", "5"),
     ("Tom has 5 hats, calculate how many Ann has.", "5"),
     # G5: choices that nobody made
-    ("Is it true or false?", "False"),
-    ("A) red\nB) blue\nC) green", "C"),
-    ("Answer with True or False.", "False"),
-    ("A. True\nB. False", "B"),
-    ("Is the statement true?", "True"),
-    ("Either it is A or B", "A"),
+    ("Is it true or false?", "False"), ("A) red\nB) blue\nC) green", "C"),
+    ("Answer with True or False.", "False"), ("A. True\nB. False", "B"),
+    ("Is the statement true?", "True"), ("Either it is A or B", "A"),
     # G6: the reference inside another number
-    ("#### 152", "5"),
-    ("The answer is 15.", "5"),
-    ("\\boxed{5.5}", "5"),
-    ("\\boxed{0.5}", "5"),
-    ("\\boxed{x_5}", "5"),
-    ("\\boxed{\\text{5 or 6}}", "5"),
-    ("\\boxed{not 5}", "5"),
-    ("\\boxed{[4,5]}", "5"),
-    ("\\boxed{\\pm5}", "5"),
-    ("\\boxed{x=5=6}", "5"),
-    ("The distance is \\(3\\sqrt{5}\\).", "5"),
-    ("So they differ by $5x$.", "5"),
-    ("Thus\n\\[ y = x^5 \\]", "5"),
-    ("They meet at $(4, 5)$.", "5"),
-    ("It costs $3 or so in all: $$c = \\frac{2}{3}\\cdot 5$$", "5"),
-    ("\\boxed{x}", "5"),
-    ("\\boxed{5x}", "5"),
-    ("\\boxed{5 = 6}", "5"),
-    ("\\boxed{5\\ne6}", "5"),
+    ("#### 152", "5"), ("The answer is 15.", "5"), ("\\boxed{5.5}", "5"), ("\\boxed{0.5}", "5"),
+    ("\\boxed{x_5}", "5"), ("\\boxed{\\text{5 or 6}}", "5"), ("\\boxed{not 5}", "5"),
+    ("\\boxed{[4,5]}", "5"), ("\\boxed{\\pm5}", "5"), ("\\boxed{x=5=6}", "5"),
+    ("The distance is \\(3\\sqrt{5}\\).", "5"), ("So they differ by $5x$.", "5"),
+    ("Thus\n\\[ y = x^5 \\]", "5"), ("They meet at $(4, 5)$.", "5"),
+    ("It costs $3 or so in all: $$c = \\frac{2}{3}\\cdot 5$$", "5"), ("\\boxed{x}", "5"),
+    ("\\boxed{5x}", "5"), ("\\boxed{5 = 6}", "5"), ("\\boxed{5\\ne6}", "5"),
 ]
 
 
@@ -597,24 +500,18 @@ def test_not_gameable(response, reference, prefix):
 @pytest.mark.parametrize(
     "response, reference",
     [
-        ("So 3 + 2 = 5", "5"),
-        ("He has 5 pens left.", "5"),
-        ("There were 3 and now there are 5.", "5"),
-        ("Calculate the rest: 8 - 3 = 5.", "5"),
-        ("She eats 4, which leaves 5 eggs.", "5"),
-        ("9 - 4 = 5\n5", "5"),
+        ("So 3 + 2 = 5", "5"), ("He has 5 pens left.", "5"),
+        ("There were 3 and now there are 5.", "5"), ("Calculate the rest: 8 - 3 = 5.", "5"),
+        ("She eats 4, which leaves 5 eggs.", "5"), ("9 - 4 = 5\n5", "5"),
         ("The polar coordinates of $(0,3)$ are \\((3, \\frac{\\pi}{2})\\).", "(3, \\pi/2)"),
         ("So it is \\(\\sqrt{45}\\) long.", "3\\sqrt5"),
         ("Hence\n\\[ 2 \\text{ h} \\cdot 40 = 80 \\text{ miles} \\]", "80"),
         ("\\[ \\begin{aligned} x &= 2 + 3 \\\\ &= 5 \\end{aligned} \\]", "5"),
-        ("She pays $3 for $x$ but $5 for $y$", "5"),
-        ("so $\\frac{10}{3} \\approx 3.33$.", "3.33"),
-        ("The cost is $3 + $4 = $7", "7"),
-        ("in total \\(\\$7\\)", "7"),
+        ("She pays $3 for $x$ but $5 for $y$", "5"), ("so $\\frac{10}{3} \\approx 3.33$.", "3.33"),
+        ("The cost is $3 + $4 = $7", "7"), ("in total \\(\\$7\\)", "7"),
         ("that is $7$ or $x$ of them", "7"),
         ("First \\boxed{4}. No, that is wrong: \\boxed{5}", "5"),
-        ("\\boxed{5} and again \\boxed{5}", "5"),
-        ("\\boxed{\\boxed{5}}", "5"),
+        ("\\boxed{5} and again \\boxed{5}", "5"), ("\\boxed{\\boxed{5}}", "5"),
         ("It is \\boxed{even}, yes, \\boxed{even}", "even"),
         ("I first found \\boxed{4}. After checking the second equation it must be \\boxed{5}", "5"),
         ("The roots are \\boxed{4} and \\boxed{5}", "4,5"),
@@ -628,22 +525,13 @@ def test_honest_answers_are_paid(response, reference):
 @pytest.mark.parametrize(
     "response, reference",
     [
-        ("The answer is (B).", "B"),
-        ("B", "B"),
-        ("B.", "B"),
-        ("(B)", "B"),
-        ("\\boxed{B}", "B"),
-        ("\\boxed{\\text{B}}", "B"),
-        ("The correct answer is B) False", "B"),
-        ("Answer: B. False", "B"),
-        ("A is wrong for 2 reasons, so the answer is option B.", "B"),
-        ("Option A fails. Therefore option B", "B"),
-        ("I choose **B**.", "B"),
+        ("The answer is (B).", "B"), ("B", "B"), ("B.", "B"), ("(B)", "B"), ("\\boxed{B}", "B"),
+        ("\\boxed{\\text{B}}", "B"), ("The correct answer is B) False", "B"),
+        ("Answer: B. False", "B"), ("A is wrong for 2 reasons, so the answer is option B.", "B"),
+        ("Option A fails. Therefore option B", "B"), ("I choose **B**.", "B"),
         ("It follows that the statement is False.", "False"),
         ("Max is not sour. So the statement is false.", "False"),
-        ("Therefore, it is **True**.", "True"),
-        ("The answer is true.", "True"),
-        ("true", "True"),
+        ("Therefore, it is **True**.", "True"), ("The answer is true.", "True"), ("true", "True"),
         ("Is it true? All cats are animals, so the statement is true.", "True"),
         ("Answer: No", "No"),
     ],
@@ -656,135 +544,32 @@ def test_choices(response, reference):
             assert judge(response, other).reward == 0.0
 
 
-# ------------------------------------------------------------------------------------------------------- hostile
+# ------------------------------------------------------------------------------------------ hostile
 
 
 def hostile_texts() -> list[str]:
     texts = [
-        "10**10**10",
-        "9^9^9^9",
-        "9^{9^{9^{9}}}",
-        "2^{100000}",
-        "7^{-100000000}",
-        "(1+10^{-9})^{10^{9}}",
-        "1e999999",
-        "-1e99999999999",
-        "999999999!",
-        "((((9!)!)!)!)!",
-        "9" + "!" * 300,
-        "\\binom{1000000000}{500000000}",
-        "\\sqrt[1000000000]{2}",
-        "\\sum_{k=1}^{10^{18}} k",
-        "(x+1)^{1000000}",
-        "(a+b+c+d+e+f+g+h)^{50}",
-        "(\\sqrt{999983})^{99999}",
-        "0.\\overline{" + "1" * 900 + "}",
-        "7\x008",
-        "\x00",
-        "\ud800",
-        "\\boxed{7\udc00}",
-        "\u202e71\u202c",
-        "\ufeff7",
-        "1\u200b7",
-        "\u0667",
-        "\u00b2",
-        "\u2466",
-        "\u0130",
-        "__import__('os').system('touch pwned')",
-        "\\input{/etc/passwd}",
-        "\\frac{1}{0}",
-        "{0.__class__}",
-        "%s%n",
-        "(a+)+$",
-        "[",
-        "nan",
-        "-inf",
-        "0x1F",
-        "1_000",
-        "\\frac",
-        "\\frac}{1}{2}",
-        "\\sqrt[",
-        "x^",
-        "^2",
-        "(1,",
-        "1,,2",
-        "1/",
-        "\\boxed",
-        "\\left(",
-        "\\end{pmatrix}\\begin{pmatrix}",
-        "\\begin{pmatrix}1&2\\\\3\\end{pmatrix}",
-        "0.\\overline{}",
-        "1.2.3",
-        "1e",
-        "_",
-        "\\",
-        "7_{1}",
-        "0\\pm 1\\pm 1\\pm 1\\pm 1\\pm 1\\pm 1\\pm 1",
-        "$",
-        "'" * 50,
-        "...",
+        "10**10**10", "9^9^9^9", "9^{9^{9^{9}}}", "2^{100000}", "7^{-100000000}",
+        "(1+10^{-9})^{10^{9}}", "1e999999", "-1e99999999999", "999999999!", "((((9!)!)!)!)!",
+        "9" + "!" * 300, "\\binom{1000000000}{500000000}", "\\sqrt[1000000000]{2}",
+        "\\sum_{k=1}^{10^{18}} k", "(x+1)^{1000000}", "(a+b+c+d+e+f+g+h)^{50}",
+        "(\\sqrt{999983})^{99999}", "0.\\overline{" + "1" * 900 + "}", "7\x008", "\x00", "\ud800",
+        "\\boxed{7\udc00}", "\u202e71\u202c", "\ufeff7", "1\u200b7", "\u0667", "\u00b2", "\u2466",
+        "\u0130", "__import__('os').system('touch pwned')", "\\input{/etc/passwd}", "\\frac{1}{0}",
+        "{0.__class__}", "%s%n", "(a+)+$", "[", "nan", "-inf", "0x1F", "1_000", "\\frac",
+        "\\frac}{1}{2}", "\\sqrt[", "x^", "^2", "(1,", "1,,2", "1/", "\\boxed", "\\left(",
+        "\\end{pmatrix}\\begin{pmatrix}", "\\begin{pmatrix}1&2\\\\3\\end{pmatrix}",
+        "0.\\overline{}", "1.2.3", "1e", "_", "\\", "7_{1}",
+        "0\\pm 1\\pm 1\\pm 1\\pm 1\\pm 1\\pm 1\\pm 1", "$", "'" * 50, "...",
     ]
     for unit in (
-        "7",
-        "(",
-        ")",
-        "{",
-        "\\boxed{",
-        "}",
-        "\\sqrt{",
-        "\\sqrt ",
-        "\\frac",
-        "\\frac{1}{1+",
-        "\\left(",
-        "\\sin(",
-        "\\sin ",
-        "_{",
-        "x^",
-        "2^",
-        "(1,",
-        "|",
-        "<think>",
-        "a",
-        " ",
-        "\n",
-        "the answer is ",
-        "#",
-        "$",
-        "\\",
-        "-",
-        "+-",
-        "1+",
-        "1,",
-        ",x+y",
-        ",111",
-        "1 ",
-        "\\pm 1",
-        "x=",
-        "<x",
-        "(0,1)\\cup",
-        "1&",
-        "\\begin{pmatrix}",
-        "\\text{",
-        "\u0301",
-        "\U0001f600",
-        "Answer\n",
-        "\\boxed{}",
-        "\\boxed{ ",
-        "!",
-        "%",
-        "°",
-        '"',
-        "<<",
-        ":",
-        "=",
-        "\\sin x+",
-        "\\ln 2x<\\sin 3 or ",
-        "\\sqrt[3]{2}+",
-        "\\arctan(1/3)+",
-        "x^{77.7}",
-        "(x+y)^{9}",
-        "1/3^{900}+",
-        "(1,x),",
+        "7", "(", ")", "{", "\\boxed{", "}", "\\sqrt{", "\\sqrt ", "\\frac", "\\frac{1}{1+",
+        "\\left(", "\\sin(", "\\sin ", "_{", "x^", "2^", "(1,", "|", "<think>", "a", " ", "\n",
+        "the answer is ", "#", "$", "\\", "-", "+-", "1+", "1,", ",x+y", ",111", "1 ", "\\pm 1",
+        "x=", "<x", "(0,1)\\cup", "1&", "\\begin{pmatrix}", "\\text{", "\u0301", "\U0001f600",
+        "Answer\n", "\\boxed{}", "\\boxed{ ", "!", "%", "°", '"', "<<", ":", "=", "\\sin x+",
+        "\\ln 2x<\\sin 3 or ", "\\sqrt[3]{2}+", "\\arctan(1/3)+", "x^{77.7}", "(x+y)^{9}",
+        "1/3^{900}+", "(1,x),",
     ):
         texts += [
             unit * 20,
@@ -798,7 +583,7 @@ def hostile_texts() -> list[str]:
 
 
 def cpu_seconds(function, *arguments) -> float:
-    """CPU time of a call: the least of several tries, so that only what is slow every time counts as slow."""
+    """CPU time of a call: the least of several tries, so that only what is always slow counts."""
     best = math.inf
     for attempt in range(20):
         start = time.process_time()
@@ -814,10 +599,9 @@ def check_hostile(text: str):
     extracted = extract_answer(text)
     assert extracted is None or isinstance(extracted, str)
     assert is_equivalent(text, "17") is False and is_equivalent("17", text) is False
-    assert isinstance(is_equivalent(text, text), bool) and isinstance(
-        is_equivalent(text, text + "+0"), bool
-    )
-    for verifier in ("policy", "last-number"):
+    assert isinstance(is_equivalent(text, text), bool)
+    assert isinstance(is_equivalent(text, text + "+0"), bool)
+    for verifier in ("strict", "last-number"):
         assert judge(text, "17", verifier).status in ("wrong", "no_answer", "unparsed")
 
 
@@ -826,9 +610,8 @@ def test_hostile(tmp_path, monkeypatch):
     slowest = 0.0
     for text in hostile_texts():
         check_hostile(text)
-        seconds = max(
-            cpu_seconds(judge, text, "17"), cpu_seconds(is_equivalent, text, text[:900] + "+0")
-        )
+        seconds = cpu_seconds(judge, text, "17")
+        seconds = max(seconds, cpu_seconds(is_equivalent, text, text[:900] + "+0"))
         assert seconds < 0.020, text[:50]
         slowest = max(slowest, seconds)
     print(f"{len(hostile_texts())} texts, the slowest verdict {slowest * 1000:.1f} ms")
@@ -847,16 +630,13 @@ def test_hostile_shared(tmp_path, monkeypatch):
         if text == "\u202e71\u202c":  # shown as 17, which is not what it says
             assert not is_equivalent(text, "71")
         assert is_equivalent(text, "5") is False and is_equivalent("5", text) is False, case["note"]
-        assert isinstance(is_equivalent(text, text), bool) and isinstance(
-            extract_answer(text), str | None
-        )
+        assert isinstance(is_equivalent(text, text), bool)
+        assert isinstance(extract_answer(text), str | None)
         assert judge(text, "5").reward == 0.0 and judge(text, "5").status != "error", case["note"]
         seconds = cpu_seconds(judge, text, "5") / max(1, len(text) / 100_000)
         assert seconds < 0.020, case["note"]
         slowest = max(slowest, seconds)
-    print(
-        f"{len(cases)} cases, the slowest verdict {slowest * 1000:.1f} ms (per 100 kB where a text is longer)"
-    )
+    print(f"{len(cases)} cases, the slowest verdict {slowest * 1000:.1f} ms (per 100 kB)")
     assert not list(tmp_path.iterdir())
 
 
@@ -875,10 +655,11 @@ def test_memory():
     print(f"most memory {most / 1e6:.1f} MB")
 
 
-FRAGMENTS = r"""\frac \sqrt \sqrt[3] { } { } ( ) [ ] \{ \} ^ _ ^2 ^{ \sin \cos^2 \ln \log_2 \arctan \arcsin \pm \mp , ;
-    and or = < > <= \ne \in \cup \setminus + - * / ! % ° $ \$ | \left( \right) \pi e i x y n 2 7 0 10 999 1e99 0.5 1,000
-    \overline{3} \infty \begin{pmatrix} \end{pmatrix} & \\ \binom{n}{k} \text{ cm} \boxed{ \fbox{ answer is Answer: ####
-    <think> </think> apples cm \sum : . ... \lfloor \rfloor \max( x^y e^{x} n! é ² ７ \quad " ` ** ?""".split()
+FRAGMENTS = r"""\frac \sqrt \sqrt[3] { } { } ( ) [ ] \{ \} ^ _ ^2 ^{ \sin \cos^2 \ln \log_2 \arctan
+    \arcsin \pm \mp , ; and or = < > <= \ne \in \cup \setminus + - * / ! % ° $ \$ | \left( \right)
+    \pi e i x y n 2 7 0 10 999 1e99 0.5 1,000 \overline{3} \infty \begin{pmatrix} \end{pmatrix} & \\
+    \binom{n}{k} \text{ cm} \boxed{ \fbox{ answer is Answer: #### <think> </think> apples cm \sum :
+    . ... \lfloor \rfloor \max( x^y e^{x} n! é ² ７ \quad " ` ** ?""".split()
 
 
 def mutated(text: str, answers: list[str], rng: random.Random) -> str:
@@ -895,21 +676,18 @@ def mutated(text: str, answers: list[str], rng: random.Random) -> str:
         elif kind < 0.9:
             text = text[:start] + rng.choice(answers) + text[start:]
         else:
-            text = (
-                text[:start]
-                + chr(rng.choice((rng.randrange(32, 127), rng.randrange(0x110000))))
-                + text[end:]
-            )
+            code = rng.choice((rng.randrange(32, 127), rng.randrange(0x110000)))
+            text = text[:start] + chr(code) + text[end:]
     return text
 
 
 def test_fuzz():
-    """50,000 mutated responses and answers: no exception, no slow verdict, symmetric, reflexive."""
+    """25,000 mutated responses and answers: no exception, no slow verdict, symmetric, reflexive."""
     rng = random.Random(20240)
     answers = [member for line in table(EQUAL, "===") + table(DIFFERENT, "=/=") for member in line]
     responses = [response for response, _ in EXTRACT + GAMES if response.strip()]
     slowest = 0.0
-    for k in range(50_000):
+    for k in range(25_000):
         reference = rng.choice(answers)
         text = mutated(rng.choice(responses if k % 2 else answers), answers, rng)
         if k % 5 == 0:
@@ -925,49 +703,40 @@ def test_fuzz():
         slowest = max(slowest, seconds)
         assert status in ("correct", "wrong", "no_answer", "unparsed"), (text, reference)
         if k % 10 == 0:
-            assert is_equivalent(text, reference) is is_equivalent(reference, text), (
-                text,
-                reference,
-            )
+            forth, back = is_equivalent(text, reference), is_equivalent(reference, text)
+            assert forth is back, (text, reference)
             assert is_equivalent(text, text) is bool(text.strip())
-    print(f"50,000 texts, the slowest verdict {slowest * 1000:.1f} ms")
+    print(f"25,000 texts, the slowest verdict {slowest * 1000:.1f} ms")
 
 
-# ----------------------------------------------------------------------------------------------- published problems
+# ------------------------------------------------------------------------------- published problems
 
 
 def gsm8k_problems() -> list[tuple[str, str, str]]:
     """(question, solution, answer) of both splits."""
-    rows = [
-        row
-        for split in ("train", "test")
-        for row in read_jsonl(SHARED / "data" / "raw" / f"gsm8k_{split}.jsonl")
-    ]
-    return [
-        (row["question"], row["answer"], row["answer"].split("####")[1].strip()) for row in rows
-    ]
+    raw = SHARED / "data" / "raw"
+    rows = read_jsonl(raw / "gsm8k_train.jsonl") + read_jsonl(raw / "gsm8k_test.jsonl")
+    return [(r["question"], r["answer"], r["answer"].split("####")[1].strip()) for r in rows]
 
 
 def math500_problems() -> list[tuple[str, str, str]]:
-    return [
-        (row["problem"], row["solution"], row["answer"])
-        for row in read_jsonl(SHARED / "data" / "raw" / "math500_test.jsonl")
-    ]
+    rows = read_jsonl(SHARED / "data" / "raw" / "math500_test.jsonl")
+    return [(r["problem"], r["solution"], r["answer"]) for r in rows]
 
 
 @needs_shared
 @pytest.mark.parametrize("problems", [gsm8k_problems, math500_problems])
 def test_gold_solutions_verify(problems):
-    """The answer extracted from a reference solution equals the reference answer; the exceptions are printed."""
+    """The answer extracted from a reference solution equals the reference answer.
+
+    The exceptions are printed.
+    """
     problems = problems()
     missed = []
     for _, solution, answer in problems:
         extracted = extract_answer(solution)
-        if (
-            extracted is None
-            or not is_equivalent(extracted, answer)
-            or judge(solution, answer).status != "correct"
-        ):
+        equal = extracted is not None and is_equivalent(extracted, answer)
+        if not equal or judge(solution, answer).status != "correct":
             missed.append((extracted, answer))
     print(f"{len(problems) - len(missed)} of {len(problems)} verify; not: {missed}")
     assert len(missed) <= 0.005 * len(problems), missed

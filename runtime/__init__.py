@@ -1,0 +1,1 @@
+"""What both scripts need and neither is about."""

@@ -1,0 +1,67 @@
+"""A user's mistake ends a program with one sentence and exit status 2, in one process or many."""
+import contextlib
+import os
+import sys
+import traceback
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from runtime import parallel
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Turn ValueError and OSError into one sentence and exit status 2, without a traceback.
+
+    With several processes all of them show what ended the first. SA_TRACEBACK=1 shows where.
+    """
+    try:
+        yield
+        if dist.is_initialized():
+            dist.destroy_process_group()
+            leave(0)
+    except KeyboardInterrupt:  # before the run has begun; later a signal finishes the step first
+        sys.exit(130)
+    except (ValueError, OSError, SafetensorError) as error:
+        if os.environ.get("SA_TRACEBACK"):
+            raise
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        if dist.is_initialized():
+            end_all(text, 2)
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if dist.is_initialized():
+            end_all(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
+        raise
+
+
+def end_all(text: str, status: int, details: str = "") -> None:
+    """End this process. The first that fails leaves its message in the store, for the others.
+
+    Their collectives then fail too, and rank 0 shows that message instead of its own. torchrun
+    stops those that still run.
+    """
+    rank, _ = parallel.processes()
+    own = f"process {rank}: {text}"
+    try:
+        first = parallel.store.compare_set("failure", "", own).decode()
+    except RuntimeError:  # the store is gone, and so is the machine that held it
+        first = own
+    if first == own:
+        print(f"{details}error: {own}", file=sys.__stderr__)
+    elif rank == 0:
+        print(f"error: ended by {first}", file=sys.__stderr__)
+    if sys.stderr is not sys.__stderr__:  # the log of this process
+        print(f"{details}error: {text}", file=sys.stderr)
+    leave(status)  # does not wait for collectives that are under way
+
+
+def leave(status: int) -> None:
+    """Skip interpreter shutdown, in which a thread of gloo or NCCL sometimes aborts the process."""
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        stream.flush()
+    os._exit(status)

@@ -1,0 +1,343 @@
+"""One process or many: the same program.
+
+Under torchrun the weights, gradients and optimizer states are sharded over the processes (FSDP2's
+fully_shard). Each process holds a whole copy of the weights for sampling. Everything that is
+sampled or scored is all-gathered, so that what follows (rewards, advantages, micro-batches) is
+computed by every process and is the same in all. Every process makes the same collectives in the
+same order, because no branch around one depends on data that only one process has.
+"""
+import atexit
+import contextlib
+import copy
+import functools
+import io
+import itertools
+import json
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+import sar
+from data.problems import Problem, shuffled
+from data.prompts import encode_prompt
+from model import GPT
+from rollout import Rollout, generate
+from verify import Verdict
+
+store = None  # torchrun's key-value store: small values that the processes share by name
+store_calls = itertools.count()  # numbers the uses of the store, alike in every process
+
+
+# ---- processes ----
+
+
+def processes() -> tuple[int, int]:
+    """(rank, world): this process's number and how many there are; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_processes() -> None:
+    """Meet the other processes, if torchrun started several. All but rank 0 keep quiet."""
+    global store
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = fresh_namespace(store, rank, world)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+    if rank > 0:
+        sys.stdout = sys.stderr = io.StringIO()
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+
+def fresh_namespace(store, rank: int, world: int):
+    """A part of the store that no earlier process has used.
+
+    After a restart torchrun's store still holds the old processes' keys, their addresses for
+    example. Rank 0 makes up a name, tells it to every process that asks, and goes on when all
+    have confirmed it.
+    """
+    if rank > 0:
+        question = uuid.uuid4().hex
+        store.set(f"question {rank}", question)
+        name = store.get(f"answer to {question}").decode()
+        store.set(f"{name} {rank}", "confirmed")
+        return dist.PrefixStore(name, store)
+    name = uuid.uuid4().hex
+    while not store.check([f"{name} {other}" for other in range(1, world)]):
+        for other in range(1, world):
+            if store.check([f"question {other}"]):
+                question = store.get(f"question {other}").decode()
+                store.set(f"answer to {question}", name)
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
+
+
+def from_rank_0(find):
+    """find() as it is on rank 0, for all processes: anything that JSON can hold."""
+    rank, world = processes()
+    if world == 1:
+        return find()
+    key = f"from rank 0: {next(store_calls)}"
+    if rank == 0:
+        store.set(key, json.dumps(find()))
+    return json.loads(store.get(key))
+
+
+# ---- sharded weights ----
+
+
+def sharding(args):
+    """The `shard` of GPT.from_pretrained: None for one process, else FSDP2 by rows.
+
+    A block's weights are gathered when its turn comes and freed after it. The root's stay whole
+    until the backward ends, since the loss takes `policy.unembedding`. With --dtype bfloat16 the
+    gathered copies are bfloat16, gradients are summed in float32 and the shards stay float32.
+    """
+    if processes()[1] == 1:
+        return None
+    mesh = init_device_mesh(args.device.split(":")[0], (processes()[1],))
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32,
+                                cast_forward_inputs=False)
+
+    def shard(model):
+        blocks = getattr(model, "blocks", [])  # a critic's own head has none and stays float32
+        mixed = half if args.dtype == "bfloat16" and blocks else MixedPrecisionPolicy()
+        for module in (*blocks, model):
+            fully_shard(module, mesh=mesh, mp_policy=mixed,
+                        reshard_after_forward=module is not model)
+            module.set_gradient_divide_factor(1.0)  # sums: the loss has its own denominator
+            module.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
+        return own_rows
+    return shard
+
+
+def own_rows(p: Tensor) -> tuple[Tensor, int]:
+    """The rows of a parameter or optimizer state that are here, and the number of the first."""
+    if not isinstance(p, DTensor):
+        return p.detach(), 0
+    rank, world = processes()
+    return p.detach().to_local(), min(rank * -(-len(p) // world), len(p))
+
+
+def all_gather(p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """All rows of a sharded tensor. A collective: every process must call it."""
+    p = p.detach().to(dtype or p.dtype)  # before it travels
+    return p.full_tensor() if isinstance(p, DTensor) else p
+
+
+def reshard(model) -> None:
+    """Free gathered weights: parameters() then lists the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def sampler_for(policy: GPT, args) -> GPT:
+    """The model that samples: the policy itself in float32, else a copy of it in bfloat16.
+
+    A sharded policy always has a copy, whole in every process. copy_weights_to keeps it current.
+    """
+    if not isinstance(policy, FSDPModule):
+        if args.dtype == "float32":
+            return policy
+        return copy.deepcopy(policy).to(torch.bfloat16).requires_grad_(False)
+    with torch.device("meta"):
+        sampler = GPT(policy.config).to(getattr(torch, args.dtype)).requires_grad_(False)
+    sampler.to_empty(device=args.device)
+    sampler.long_rope = policy.long_rope
+    copy_weights_to(sampler, policy)
+    return sampler
+
+
+@torch.no_grad()
+def copy_weights_to(sampler: GPT, policy: GPT) -> None:
+    """Bring the sampler's weights up to date, in place, one parameter at a time."""
+    if sampler is not policy:
+        reshard(policy)
+        for own, new in zip(sampler.parameters(), policy.parameters()):
+            own.copy_(all_gather(new, own.dtype))
+
+
+def clip_gradients(model, limit: float) -> Tensor:
+    """Scale the gradients to a norm of at most `limit`; returns the norm that they had."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def autocast(args):
+    """Where --dtype is bfloat16: float32 weights, bfloat16 matmuls."""
+    if args.dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16)
+
+
+# ---- answers ----
+
+
+@dataclass
+class Answer:
+    """A sampled answer; `note` adds what the scripts compute of it, in the order of the fields."""
+    problem: Problem
+    prompt: list[int]
+    tokens: list[int]  # the stop token included
+    finished: bool  # ended by a stop token, not by the limit
+    logprobs: Tensor  # (len,) as the sampler computed them
+    text: str  # without the stop token
+    with_question: Tensor | None = None  # (len,) log P(a_j | q, a_<j) of the policy
+    without_question: Tensor | None = None  # (len,) log P(a_j | a_<j) of the policy
+    frozen: Tensor | None = None  # (len,) log P(a_j | q, a_<j) of the frozen start
+    values: Tensor | None = None  # (len,) of PPO's critic
+    verdict: Verdict | None = None
+    r_sa: Tensor | None = None  # () as all that follow, but
+    reward: Tensor | None = None
+    advantage: Tensor | None = None  # (len,) in PPO: every token has its own
+    returns: Tensor | None = None  # (len,) what PPO's critic learns
+
+
+def note(answers: list[Answer], **columns) -> None:
+    """Set answers[i].NAME = columns[NAME][i]."""
+    for name, values in columns.items():
+        for answer, value in zip(answers, values, strict=True):
+            setattr(answer, name, value)
+
+
+def sample(model: GPT, tokenizer, problems: list[Problem], *, samples: int, max_new_tokens: int,
+           temperature: float, seed: int, slots: int | None = None) -> list[Answer]:
+    """`samples` answers to each problem, adjacent, by all processes together; all get all of them.
+
+    The different prompts are dealt to the processes round robin, sorted by length.
+    """
+    prompts = [encode_prompt(tokenizer, problem.question) for problem in problems]
+    rank, world = processes()
+    different = sorted(set(map(tuple, prompts)), key=lambda prompt: (len(prompt), prompt))
+    dealt = set(different[rank::world])
+    mine = [i for i, prompt in enumerate(prompts) if tuple(prompt) in dealt]
+    drawn = generate(model, [prompts[i] for i in mine], n=samples, max_new_tokens=max_new_tokens,
+                     stop=tokenizer.stop_ids, temperature=temperature, seed=seed, slots=slots)
+    rollouts = [Rollout(k // samples) for k in range(len(prompts) * samples)]
+    for k, rollout in enumerate(drawn):
+        rollouts[mine[k // samples] * samples + k % samples] = rollout
+    if world > 1:
+        exchange(rollouts)
+    answers = []
+    for k, r in enumerate(rollouts):
+        text = tokenizer.decode(r.tokens[:-1] if r.finished else r.tokens)
+        answers.append(Answer(problems[k // samples], prompts[k // samples], r.tokens, r.finished,
+                              torch.tensor(r.logprobs), text))
+    return answers
+
+
+def exchange(rollouts: list[Rollout]) -> None:
+    """Fill in the rollouts that are empty here, because other processes have sampled them."""
+    ends = torch.tensor([[len(r.tokens), r.finished] for r in rollouts])  # (N, 2)
+    dist.all_reduce(ends)
+    lengths = ends[:, 0].tolist()
+    tokens = all_reduce_pieces([torch.tensor(r.tokens) for r in rollouts], lengths)
+    logprobs = all_reduce_pieces([torch.tensor(r.logprobs) for r in rollouts], lengths)
+    for r, t, lp, finished in zip(rollouts, tokens, logprobs, ends[:, 1].tolist()):
+        r.tokens, r.logprobs, r.finished = t.long().tolist(), lp.tolist(), bool(finished)
+
+
+def all_reduce_pieces(pieces: list[Tensor], lengths: list[int]) -> list[Tensor]:
+    """Pieces (lengths[i],), each known to one process and empty in the others -> known to all.
+
+    float64 holds token ids and log-probs exactly, and adding zeros changes nothing.
+    """
+    padded = [piece if len(piece) else torch.zeros(n) for piece, n in zip(pieces, lengths)]
+    flat = torch.cat([piece.double() for piece in padded])
+    dist.all_reduce(flat)
+    return list(flat.split(lengths))
+
+
+def score(model, contexts: list[list[int]], tokens: list[list[int]], args, head=None
+          ) -> list[Tensor]:
+    """The log-probs (len(t),) of each list of tokens after its context, by all processes together.
+
+    With a `head`: what it makes of the hidden states (sar.score_answers). No gradient.
+    """
+    rank, world = processes()
+    function = functools.partial(sar.score_answers, head=head) if head else sar.answer_logprobs
+    with autocast(args):
+        pieces = function(model, contexts, tokens, micro_tokens=args.micro_tokens, rank=rank,
+                          world=world)
+    if world == 1:
+        return pieces
+    reshard(model)
+    return [piece.float() for piece in all_reduce_pieces(pieces, [len(t) for t in tokens])]
+
+
+def score_with_gradient(model, micro: list[Answer], args, head=None):
+    """log-prob and entropy (L,) of the answers' tokens; with a `head` what it returns instead."""
+    with autocast(args):
+        hidden, targets = sar.answer_hidden(model, [a.prompt for a in micro],
+                                            [a.tokens for a in micro])
+        if head:
+            return head(hidden, targets)
+        return sar.fused_logprob(hidden, model.unembedding, targets)
+
+
+# ---- an update ----
+
+
+def minibatches(answers: list[Answer], args, step: int) -> Iterator[list[Answer]]:
+    """The answers of every optimizer step: --minibatch shuffled questions, --epochs times all."""
+    n = args.samples
+    for epoch in range(args.epochs):
+        order = shuffled(args.prompts_per_step, f"{args.seed} {step} {epoch}")
+        for first in range(0, args.prompts_per_step, args.minibatch):
+            members = []
+            for question in order[first:first + args.minibatch]:
+                members += answers[question * n:(question + 1) * n]
+            yield members
+
+
+def micro_batches(answers: list[Answer], budget: int) -> list[list[Answer]]:
+    """This process's micro-batches; an empty one where others have work and it has none."""
+    lengths = [len(a.prompt) + len(a.tokens) for a in answers]
+    cuts = sar.micro_batches(lengths, budget, *processes())
+    return [[answers[i] for i in cut] for cut in cuts]
+
+
+def concat(pieces: list[Tensor], args) -> Tensor:
+    """One tensor on the device; (0,) of no pieces."""
+    return torch.cat(pieces or [torch.empty(0)]).to(args.device)
+
+
+class Means:
+    """Sums, counts and maxima of what an update computes, over micro-batches and processes."""
+
+    def __init__(self):
+        self.table: dict[str, list[float]] = {}  # name -> [sum, count, maximum]
+
+    def add(self, **values: Tensor) -> None:
+        """Every process must add the same names, also with tensors of no elements."""
+        for name, value in values.items():
+            row = self.table.setdefault(name, [0.0, 0, -float("inf")])
+            if value.numel():
+                row[0] += value.detach().sum().item()
+                row[1] += value.numel()
+                row[2] = max(row[2], value.detach().max().item())
+
+    def gather(self) -> tuple[dict, dict, dict]:
+        """Sums, means and maxima by name. A collective."""
+        table = torch.tensor(list(self.table.values()), dtype=torch.float64)  # (names, 3)
+        sums, counts, maxima = table.T.contiguous()
+        if processes()[1] > 1:
+            dist.all_reduce(sums)
+            dist.all_reduce(counts)
+            dist.all_reduce(maxima, dist.ReduceOp.MAX)
+        columns = sums.tolist(), (sums / counts).tolist(), maxima.tolist()
+        return tuple(dict(zip(self.table, column)) for column in columns)

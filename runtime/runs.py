@@ -1,0 +1,423 @@
+"""The folder of a run: settings, logs, checkpoints, resume, signals.
+
+    runs/NAME/   config.json   metrics.jsonl (a line a step)   completions.jsonl (a line an answer)
+                 evals.jsonl   step_000100/ (a model folder, and what --resume needs)
+"""
+import io
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from data.files import open_tensors, read_json, write_atomically
+from runtime.parallel import Answer, Means, all_gather, from_rank_0, own_rows, processes, reshard
+from sar import perplexity
+from verify import STATUSES
+
+HERE = Path(__file__).resolve().parent.parent
+RUNS = Path(os.environ.get("SA_RUNS", HERE / "runs"))  # SA_RUNS: another disk
+LOGS = ("metrics.jsonl", "completions.jsonl", "evals.jsonl")
+
+
+def newest_run() -> str | None:
+    configs = sorted(RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    return configs[-1].parent.name if configs else None
+
+
+def provenance(device: str) -> dict:
+    """What a run is made with: the commit, versions, machine, threads."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    versions = {name: version(name) for name in ("torch", "numpy", "tiktoken", "safetensors")}
+    versions |= {"python": platform.python_version(), "machine": platform.machine(),
+                 "threads": torch.get_num_threads(), "processes": processes()[1]}
+    if device.startswith("cuda"):
+        versions["gpu"] = torch.cuda.get_device_name(device)
+    return {"git_commit": commit or "unknown", "versions": versions}
+
+
+def peak_memory(device: str) -> float:
+    """The highest memory so far in GB: of the GPU where there is one, else of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def record(a: Answer, step: int) -> dict:
+    """What completions.jsonl says of an answer."""
+    row = {"step": step, "question": a.problem.question, "text": a.text, "tokens": a.tokens,
+           "reference": a.problem.answer, "answer": a.verdict.answer, "status": a.verdict.status,
+           "finished": a.finished, "r_vr": a.verdict.reward, "r_sa": a.r_sa,
+           "ppl_query": perplexity(a.with_question), "ppl_alone": perplexity(a.without_question),
+           "reward": a.reward, "advantage": a.advantage.mean()}
+    return row if a.values is None else row | {"value": a.values[0]}
+
+
+def describe(answers: list[Answer], means: Means, args) -> dict:
+    """The metrics that both training scripts log; docs/usage.md says what each means."""
+    right = torch.tensor([a.verdict.reward for a in answers], dtype=torch.float64)  # (N,)
+    reward = torch.stack([a.reward for a in answers])
+    r_sa = torch.stack([a.r_sa for a in answers])
+    lengths = torch.tensor([len(a.tokens) for a in answers], dtype=torch.float64)
+    mismatch = torch.cat([a.logprobs - a.with_question for a in answers]).abs()  # (tokens,)
+    statuses = [a.verdict.status for a in answers]
+    sums, mean, largest = means.gather()
+    metrics = {
+        "reward": reward.mean(), "accuracy": right.mean(),
+        "r_sa_mean": r_sa.mean(), "r_sa_std": r_sa.std(),
+        "ppl_query": torch.stack([perplexity(a.with_question) for a in answers]).mean(),
+        "ppl_alone": torch.stack([perplexity(a.without_question) for a in answers]).mean(),
+        "length_mean": lengths.mean(), "length_p50": lengths.quantile(0.5),
+        "length_p95": lengths.quantile(0.95), "length_max": lengths.max(),
+        "unfinished": sum(not a.finished for a in answers) / len(answers),
+        "loss": sums["loss"] / (args.epochs * args.prompts_per_step // args.minibatch),
+        "kl": mean["kl"] if args.kl_coef else None, "entropy": mean["entropy"],
+        "clip_fraction": mean["clipped"], "ratio_max": math.exp(largest["drift"]),
+        "mismatch_mean": mismatch.mean(), "mismatch_max": mismatch.max(),
+        "grad_norm": largest["grad_norm"], "lr": args.lr, "tokens": int(lengths.sum()),
+        "peak_memory_gb": largest["peak_memory"]}
+    for status in STATUSES:
+        metrics[f"share_{status}"] = statuses.count(status) / len(answers)
+    return metrics
+
+
+class Run:
+    """One training run and its folder. Rank 0 alone writes, but for the other processes' logs.
+
+    A checkpoint is whole or not there: it is written beside its place and renamed. It also holds
+    the lengths of the logs, so that a resumed run drops what was logged after it and writes the
+    same lines again. `step` is the number of steps done.
+    """
+
+    def __init__(self, args, algorithm: str, folder: Path, models: int = 1):
+        name = f"{algorithm}-{Path(args.model).name}-{args.reward}-{time.strftime('%m%d-%H%M%S')}"
+        args.name = args.name or from_rank_0(lambda: name)
+        self.args, self.folder, self.step = args, RUNS / args.name, 0
+        self.checkpoint: Path | None = None  # the newest that can be resumed
+        self.stop_signal: int | None = None
+        self.is_main = processes()[0] == 0
+        if self.is_main:
+            parameters = count_parameters(folder)
+            warn_if_large(args, parameters, models)
+            self.prepare(algorithm, models * parameters)
+        self.step, checkpoint = from_rank_0(lambda: (self.step, str(self.checkpoint or "")))
+        if not self.is_main:
+            self.checkpoint = Path(checkpoint) if checkpoint else None
+            said = sys.stderr.getvalue() if isinstance(sys.stderr, io.StringIO) else ""
+            path = self.folder / f"process_{processes()[0]}.log"
+            sys.stdout = sys.stderr = open(path, "a", encoding="utf-8", buffering=1)
+            sys.stderr.write(said)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def prepare(self, algorithm: str, parameters: int) -> None:
+        """Make the folder, or find the checkpoint to resume from and cut the logs back to it."""
+        path, here = self.folder / "config.json", provenance(self.args.device)
+        config = {"algorithm": algorithm, "settings": vars(self.args) | {"resume": False}, **here}
+        if self.args.resume:
+            self.rewind()
+            before = read_json(path)
+            for what in ("threads", "processes"):
+                was, now = before["versions"].get(what, 1), here["versions"][what]
+                if was != now:
+                    say(f"the run began with {was} {what} and goes on with {now}: the last bits of "
+                        "its sums will differ")
+            resumes = [*before.get("resumes", []), {"step": self.step, **here}]
+            config = before | {"settings": config["settings"], "resumes": resumes}
+        elif path.exists():
+            raise ValueError(f"{self.folder} already holds a run: go on with it by --resume, or "
+                             "choose another --name")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+            needed = parameters * 3 * 4  # float32 weights and AdamW's two moments
+            if free < needed:
+                raise ValueError(f"{self.folder} has {free / 1e9:.2f} GB free, but a checkpoint "
+                                 f"takes {needed / 1e9:.2f} GB: free some space, or set SA_RUNS to "
+                                 "a folder on a larger disk")
+            write_atomically(path, json.dumps(config, indent=2))
+        except OSError as error:
+            raise ValueError(f"cannot write into {self.folder}: {error.strerror}") from None
+        self.logs = {name: open(self.folder / name, "a", encoding="utf-8") for name in LOGS}
+
+    def rewind(self) -> None:
+        """Take up the newest checkpoint, if there is one, and drop what was logged after it."""
+        self.checkpoint = self.newest_checkpoint()
+        state = {"step": 0, "log_bytes": dict.fromkeys(LOGS, 0)}
+        if self.checkpoint:
+            state = read_json(self.checkpoint / "state.json")
+        elif list(self.folder.glob("step_*[0-9]")):
+            raise ValueError(f"{self.folder} has checkpoints, but none that can be resumed "
+                             "(optimizer.safetensors and state.json)")
+        else:
+            say(f"{self.folder} has no checkpoint yet: starting at the first step")
+        self.step = state["step"]
+        for stale in self.folder.glob("*.tmp"):  # a kill while a checkpoint is written leaves one
+            shutil.rmtree(stale)
+        for name, size in state["log_bytes"].items():
+            if (self.folder / name).exists():
+                os.truncate(self.folder / name, size)
+
+    def on_signal(self, number, frame) -> None:
+        if self.stop_signal is not None:  # the second time: at once
+            raise SystemExit(128 + number)
+        self.stop_signal = number
+        name = signal.Signals(number).name
+        print(f"\n{name}: finishing this step, then saving (again to stop at once)",
+              file=sys.stderr)
+
+    def steps(self, title: str) -> Iterator[int]:
+        """The steps that are left, with a bar; ends after the step in which a signal came."""
+        first, total = self.step, self.args.steps
+        self.bar = tqdm(range(first, total), initial=first, total=total, desc=title)
+        for step in self.bar:
+            self.seconds, self.lap_start = {}, time.perf_counter()
+            self.stopping = None
+            yield step
+            if self.stopping:
+                break
+        self.bar.close()
+
+    def lap(self, name: str) -> None:
+        """Log the seconds since the last lap, or since the step began, as seconds_NAME."""
+        now = time.perf_counter()
+        self.seconds[f"seconds_{name}"] = now - self.lap_start
+        self.lap_start = now
+
+    def must_be_finite(self, what: str, value: Tensor, batch: list[Answer]) -> None:
+        """End the run before a NaN or infinity reaches the weights; keep the batch to look at."""
+        if torch.isfinite(value):
+            return
+        rank, step = processes()[0], self.step + 1
+        path = self.folder / f"bad_batch_step_{step:06d}{f'_process_{rank}' if rank else ''}.json"
+        rows = [plain(record(a, step)) for a in batch]
+        write_atomically(path, json.dumps(rows, ensure_ascii=False))
+        newest = self.newest_checkpoint() or "not there yet"
+        raise ValueError(f"the {what} of step {step} is not finite; this update was not made, the "
+                         f"batch is in {path}, and the newest checkpoint is {newest}: try a lower "
+                         "--lr")
+
+    def log(self, name: str, row: dict) -> None:
+        if self.is_main:
+            self.logs[name].write(json.dumps(plain(row), ensure_ascii=False) + "\n")
+            self.logs[name].flush()
+
+    def log_step(self, answers: list[Answer], means: Means, **own) -> None:
+        """Log the metrics of both scripts, those of one (`own`), and the answers. A collective."""
+        means.add(peak_memory=torch.tensor(peak_memory(self.args.device)))
+        metrics = describe(answers, means, self.args) | own | self.seconds
+        self.step += 1
+        self.log("metrics.jsonl", {"step": self.step} | metrics)
+        for answer in answers:
+            self.log("completions.jsonl", record(answer, self.step))
+        rate = metrics["tokens"] / sum(self.seconds.values())
+        self.bar.set_postfix(reward=f"{metrics['reward']:.3f}", acc=f"{metrics['accuracy']:.2f}",
+                             len=f"{metrics['length_mean']:.0f}", tok_s=f"{rate:.0f}")
+
+    def evaluation_due(self) -> bool:
+        """Whether --eval-every asks for an evaluation now."""
+        every = self.args.eval_every
+        return every > 0 and (self.step % every == 0 or self.step == self.args.steps)
+
+    def checkpoint_due(self) -> bool:
+        """Whether to save now. A collective: a signal to one process stops all of them.
+
+        The flag is read here, once; a signal that arrives later is honoured after the next step.
+        """
+        self.stopping = self.stop_signal
+        if processes()[1] > 1:
+            number = torch.tensor(self.stop_signal or 0)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.stopping = number.item()
+        last = self.step == self.args.steps
+        return bool(self.stopping) or last or self.step % self.args.save_every == 0
+
+    def finish(self, script: str) -> dict[str, dict]:
+        """Say where everything is. Returns the first and the last evaluation, by name.
+
+        After a signal: say how to go on, and exit with the status that shells expect.
+        """
+        newest = self.newest_checkpoint()
+        if self.step < self.args.steps:
+            if self.is_main:
+                print(f"stopped and saved {newest.name}; go on with: python {script} --name "
+                      f"{self.args.name} --resume", file=sys.stderr)
+            sys.exit(128 + self.stopping)
+        if not self.is_main:
+            return {}
+        print(f"{self.folder}: {newest.name}, metrics.jsonl, completions.jsonl")
+        lines = (self.folder / "evals.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines[:1] + lines[-1:]]
+        return {f"step {row['step']}" if row["step"] else "base": row for row in rows}
+
+    def newest_checkpoint(self) -> Path | None:
+        found = sorted(path.parent for path in self.folder.glob("step_*[0-9]/state.json"))
+        whole = [path for path in found if (path / "optimizer.safetensors").exists()]
+        return whole[-1] if whole else None
+
+    def save(self, tokenizer, policy, optimizer, critic=None, critic_optimizer=None) -> None:
+        """Write step_XXXXXX/: a model folder, and what --resume needs; only the newest keeps that.
+
+        PPO has a critic. A collective.
+        """
+        place = self.folder / f"step_{self.step:06d}"
+        scratch = place.with_suffix(".tmp")
+        if self.is_main:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            tokenizer.copy_to(scratch)
+        save_model(policy, scratch)
+        save_tensors(adam_state(policy, optimizer), scratch / "optimizer.safetensors")
+        if critic:
+            reshard(critic)
+            save_tensors(dict(critic.named_parameters()), scratch / "critic.safetensors")
+            save_tensors(adam_state(critic, critic_optimizer),
+                         scratch / "critic_optimizer.safetensors")
+        if not self.is_main:
+            return
+        for log in self.logs.values():
+            os.fsync(log.fileno())
+        sizes = {name: (self.folder / name).stat().st_size for name in LOGS}
+        state = {"step": self.step, "log_bytes": sizes}
+        write_atomically(scratch / "state.json", json.dumps(state))
+        for path in (*scratch.iterdir(), scratch):
+            sync(path)
+        shutil.rmtree(place, ignore_errors=True)  # one without optimizer state
+        scratch.rename(place)
+        sync(self.folder)
+        for name in ("optimizer", "critic", "critic_optimizer"):
+            for older in self.folder.glob(f"step_*/{name}.safetensors"):
+                if older.parent != place:
+                    older.unlink()
+
+
+def say(note: str) -> None:
+    print(f"note: {note}", file=sys.stderr)
+
+
+def plain(row: dict) -> dict:
+    """A row as JSON can hold it: tensors as numbers, NaN and infinity as null."""
+    row = {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()}
+    infinite = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+    return row | dict.fromkeys(infinite)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file or folder to the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+# ---- checkpoints: whole tensors under their names, for any number of processes ----
+
+
+def count_parameters(folder: Path) -> int:
+    """From the headers of the folder's safetensors files: nothing is loaded."""
+    total = 0
+    for path in folder.glob("model*.safetensors"):
+        with open_tensors(path) as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    return total
+
+
+def warn_if_large(args, parameters: int, models: int) -> None:
+    """Say what a step of a large model on a CPU will take. models: 2 if a critic is trained too."""
+    if args.device != "cpu" or parameters < 50e6:
+        return
+    tokens = args.prompts_per_step * args.samples * args.max_new_tokens
+    # 2 FLOP a parameter and token for each forward: sampling, three scorings, an update worth three
+    minutes = (14 + 8 * (models - 1)) * parameters * tokens / 200e9 / 60
+    # float32: weights, gradients and two moments of each; the frozen start where a KL is asked for
+    memory = parameters * 4 * (4 * models + (args.kl_coef > 0)) / 1e9
+    say(f"{parameters / 1e9:.2f}B parameters on a CPU: about {memory:.0f} GB of memory besides "
+        f"activations, and for a step of {tokens:,} tokens, the most it can have, about "
+        f"{minutes:,.0f} minutes at 200 GFLOP/s; --prompts-per-step, --samples and "
+        "--max-new-tokens make it shorter")
+
+
+def save_model(model, folder: Path) -> None:
+    """model.save_pretrained(folder), also for a sharded model."""
+    if processes()[1] == 1:
+        return model.save_pretrained(folder)
+    if processes()[0] == 0:
+        model.save_config(folder)
+    reshard(model)
+    tensors, rows = {}, {}
+    for name, (parameter, own) in model.hf_rows().items():
+        tensors[name], rows[name] = model.get_parameter(parameter), own
+    save_tensors(tensors, folder / "model.safetensors", rows, {"format": "pt"})
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, rows: dict | None = None,
+                 metadata: dict | None = None) -> None:
+    """Write {name: tensor}, or of each only rows[name]. Rank 0 gathers and holds them all.
+
+    torch.distributed.checkpoint is not used, because its metadata file is a pickle.
+    """
+    whole = {}
+    for name, tensor in tensors.items():
+        tensor = all_gather(tensor)
+        if processes()[0] == 0:
+            tensor = tensor[rows[name]] if rows else tensor
+            whole[name] = tensor.cpu().contiguous()
+    if processes()[0] == 0:
+        save_file(whole, path, metadata)
+
+
+def adam_state(model, optimizer) -> dict[str, Tensor]:
+    """AdamW's state by name, e.g. norm.exp_avg; empty before the first step."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"{name}.{key}"] = value
+    return tensors
+
+
+@torch.no_grad()
+def load_parameters(path: Path, model) -> None:
+    for name, p in model.named_parameters():
+        load_into(path, name, p)
+
+
+@torch.no_grad()
+def load_optimizer(path: Path, model, optimizer) -> None:
+    """Put what `adam_state` named back, bit for bit."""
+    parameters = dict(model.named_parameters())
+    with open_tensors(path) as file:
+        names = list(file.keys())
+    for name in names:
+        parameter, key = name.rsplit(".", 1)
+        p = parameters[parameter]
+        step = torch.zeros((), device=p.device)
+        optimizer.state[p][key] = torch.zeros_like(p) if key.startswith("exp_avg") else step
+        load_into(path, name, optimizer.state[p][key])
+
+
+def load_into(path: Path, name: str, place: Tensor) -> None:
+    """Copy a tensor of a safetensors file into `place`; of a sharded one this process's rows."""
+    ours, first = own_rows(place)
+    with open_tensors(path) as file:
+        if ours.dim() == 0:
+            ours.copy_(file.get_tensor(name))
+        else:
+            ours.copy_(file.get_slice(name)[first:first + len(ours)])

@@ -1,0 +1,215 @@
+"""The command line: flags, defaults and checks.
+
+A flag is declared once, with its unit and source. Its default stands in the PAPER and TINY
+dictionaries of the script: TINY for the embedded model, PAPER for every other model.
+"""
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from data.files import read_json
+from runtime import parallel, runs
+from sar import GROUP_REWARDS, REWARDS
+from verify import VERIFIERS
+
+OLD_FLAGS = {
+    "--n": "is now called --samples",
+    "--run": "is now called --name",
+    "--alone": "is gone: ppl(a) is taken after the prompt's frame with an empty question",
+}
+FREE_ON_RESUME = {"steps", "save_every", "slots", "resume", "name", "device", "micro_tokens"}
+CLUSTER = "Several GPUs: torchrun --standalone --nproc-per-node 8 SCRIPT ... (docs/cluster.md)"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are ValueErrors; `flag` shows the defaults of PAPER and TINY."""
+
+    def __init__(self, description: str, paper: dict | None = None, tiny: dict | None = None):
+        super().__init__(description=description, epilog=CLUSTER, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.paper, self.tiny = paper, tiny
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        argv = sys.argv[1:] if argv is None else argv
+        for word in argv:
+            flag = word.partition("=")[0]
+            if flag in OLD_FLAGS:
+                raise ValueError(f"{flag} {OLD_FLAGS[flag]}")
+        return super().parse_args(argv)
+
+    def flag(self, name: str, kind, text: str, **options) -> None:
+        """Declare a flag whose default the script's dictionaries hold."""
+        key = name[2:].replace("-", "_")
+        default = self.paper[key]
+        if self.tiny[key] != default:
+            default = f"{default}; tiny: {self.tiny[key]}"
+        self.add_argument(name, type=kind, help=f"{text} (default: {default})", **options)
+
+
+# ---- argparse types ----
+
+
+def checked(kind, holds, what: str):
+    """`kind` of the text, refused where `holds` does not hold."""
+    def convert(text: str):
+        value = kind(text)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text}")
+        return value
+    convert.__name__ = kind.__name__  # argparse names it where the text is no number
+    return convert
+
+
+positive_int = checked(int, lambda x: x > 0, "positive")
+natural = checked(int, lambda x: x >= 0, "0 or more")
+positive_float = checked(float, lambda x: 0 < x < math.inf, "positive")
+not_negative = checked(float, lambda x: 0 <= x < math.inf, "0 or a positive number")
+finite = checked(float, math.isfinite, "a number")
+share = checked(float, lambda x: 0 <= x <= 1, "between 0 and 1")
+
+
+def model_name(text: str) -> str:
+    """A folder as an absolute path, which stays true in another working directory; or a name."""
+    folder = Path(text).expanduser()
+    return str(folder.resolve()) if text != "tiny" and folder.is_dir() else text
+
+
+def data_names(text: str) -> str:
+    """Names and files, separated by commas, with the files as absolute paths."""
+    names = []
+    for name in text.split(","):
+        path = Path(name).expanduser()
+        names.append(str(path.resolve()) if path.is_file() else name)
+    return ",".join(names)
+
+
+# ---- the training scripts ----
+
+
+def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
+    """The flags that both training scripts have, in the same words."""
+    parser = Parser(description, paper, tiny)
+    add, flag = parser.add_argument, parser.flag
+    add("--model", type=model_name, help="a model folder, or a name: tiny (embedded), qwen-0.5b, "
+        "qwen-1.5b, qwen3-1.7b, qwen3-4b, phi-3.5-mini, gemma3-1b, smollm2-135m, or owner/name on "
+        "the hub (default: tiny)")
+    flag("--data", data_names, "problems: names, or JSONL files with question and answer, "
+         "separated by commas")
+    flag("--max-prompt-tokens", positive_int, "longer prompts are skipped and counted; tokens")
+    flag("--max-new-tokens", positive_int, "longest answer, stop token included; tokens")
+    flag("--reward", str, "sar: R_VR + alpha R_SA; vr: R_VR alone, the plain algorithm; sar-only: "
+         "R_SA alone; em, vr+em: -log ppl(a|q) alone, with R_VR; o1, er: R_VR with a length reward "
+         "within the group (sar.total_reward)", choices=REWARDS)
+    flag("--alpha", finite, "weight of what is added to R_VR (the paper sweeps 0.1 to 0.3)")
+    add("--alpha-end", type=finite, help="weight at the last step, reached from --alpha in a "
+        "straight line (default: --alpha throughout; the paper's public code has such a schedule)")
+    flag("--verifier", str, "what counts as the answer: the rules of verify.py, or the last number "
+         "in the text (the paper's rule)", choices=VERIFIERS)
+    flag("--steps", positive_int, "batches of sampled answers to train on")
+    flag("--prompts-per-step", positive_int, "questions in such a batch")
+    flag("--samples", positive_int, "answers sampled for each question")
+    add("--minibatch", type=positive_int, help="questions in an optimizer step (default: half of "
+        "--prompts-per-step)")
+    flag("--epochs", positive_int, "passes over a batch")
+    flag("--lr", positive_float, "AdamW's learning rate, constant")
+    flag("--kl-coef", not_negative, "weight of the KL to the frozen start")
+    flag("--temperature", positive_float, "of sampling; log-probs are those at temperature 1")
+    flag("--seed", int, "of the order of questions and of every sample")
+    add("--name", help="the run's folder is runs/NAME (default: made of model, reward and time)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint of --name")
+    flag("--save-every", positive_int, "steps between checkpoints; there is one at the end")
+    flag("--eval-every", natural, "steps between greedy evaluations on held-out problems, with one "
+         "before the first step and one after the last; 0: never")
+    add("--micro-tokens", type=positive_int, help="tokens in one forward and backward, padding "
+        "included; bounds memory and changes nothing else (default: 8192; large models on a CPU: "
+        "512)")
+    add("--slots", type=positive_int, help="answers that decode at once (default: what the free "
+        "memory holds)")
+    add("--device", help="(default: a GPU if there is one)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the matmuls; weights and optimizer "
+        "are float32 (default: bfloat16 on a GPU, float32 on a CPU)")
+    return parser
+
+
+def parse(parser: Parser, algorithm: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse, meet the other processes, fill in the defaults, check. Raises ValueError."""
+    args = parser.parse_args(argv)
+    parallel.join_processes()
+    if args.resume:
+        take_saved_settings(args, algorithm)
+    args.model = args.model or "tiny"
+    defaults = parser.tiny if args.model == "tiny" else parser.paper
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.device = choose_device(args.device)
+    on_gpu = args.device.startswith("cuda")
+    args.micro_tokens = args.micro_tokens or (8192 if args.model == "tiny" or on_gpu else 512)
+    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    prompts = args.prompts_per_step
+    args.minibatch = args.minibatch or (prompts if prompts % 2 else prompts // 2)
+    if prompts % args.minibatch:
+        raise ValueError(f"--prompts-per-step {prompts} is no multiple of --minibatch "
+                         f"{args.minibatch}: both count questions")
+    if args.reward in GROUP_REWARDS and args.samples < 2:
+        raise ValueError(f"--reward {args.reward} compares the answers to one question: it needs "
+                         f"--samples 2 or more, got {args.samples}")
+    if args.alpha < 0:
+        runs.say(f"--alpha {args.alpha} is negative: answers are rewarded for what their question "
+                 "does not explain")
+    return args
+
+
+def take_saved_settings(args: argparse.Namespace, algorithm: str) -> None:
+    """--resume: fill `args` from the run's config.json. Refuses a flag that changes the run."""
+    if not args.name:
+        newest = runs.newest_run() or "not there: runs/ is empty"
+        raise ValueError(f"--resume needs --name NAME; the newest is {newest}")
+    path = runs.RUNS / args.name / "config.json"
+    if not parallel.from_rank_0(path.exists):
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise ValueError(f"{path} is not there: no such run")
+        runs.say(f"there is no run {args.name} yet: starting it (torchrun --max-restarts resumes)")
+        args.resume = False
+        return
+    config = read_json(path)
+    if config["algorithm"] != algorithm:
+        raise ValueError(f"{args.name} is a run of train_sa_{config['algorithm']}.py: resume it "
+                         "with that script")
+    saved, free = config["settings"], set(FREE_ON_RESUME)
+    if vars(args).keys() != saved.keys():
+        raise ValueError(f"{path} was written by another version of this code, with other flags: "
+                         "resume the run with that version")
+    if saved["data"] == "tiny" or (saved["eval_every"] > 0) == ((args.eval_every or 0) > 0):
+        free.add("eval_every")  # elsewhere it decides which problems are held out
+    if saved["alpha_end"] is not None:
+        free.remove("steps")  # the slope of alpha depends on them
+    changed = []
+    for key, was in saved.items():
+        now = getattr(args, key)
+        if now is None:
+            setattr(args, key, was)
+        elif now != was and key not in free:
+            changed.append(f"--{key.replace('_', '-')} was {was}, now {now}")
+    if changed:
+        raise ValueError(f"--resume would change the run {args.name}: {'; '.join(changed)}; leave "
+                         "the flag out, or start a run of another --name")
+
+
+def choose_device(device: str | None) -> str:
+    """The device asked for, else a GPU if there is one; under torchrun each process its own."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    device = device or ("cuda" if gpus else "cpu")
+    if device != "cpu" and device not in gpus and not (device == "cuda" and gpus):
+        raise ValueError(f"--device {device} is not here: there is {', '.join(['cpu', *gpus])}")
+    if device.startswith("cuda") and parallel.processes()[1] > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    return device
