@@ -13,9 +13,7 @@ normalise at the end. What sets them apart is named in GPTConfig and nowhere els
     scores times                  hd^-.5   hd^-.5    hd^-.5   hd^-.5     query_pre_attn_scalar^-.5
     rope ('linear', 'llama3': scaled)  plain or scaled        longrope   local layers: another base
     sliding window                -        -         -        (4k only)  local layers
-    q, k, v and gate, up stored   apart    apart     apart    fused      apart
-
-In memory q, k, v are always one matrix, qkv, and so are gate and up: gate_up.
+    q, k, v and gate, up stored   apart    apart     apart    fused      apart  (in memory: fused)
 
 Letters: B rows, T tokens, S positions attended to, D width, H query heads, Hkv key/value heads,
 hd head width, V vocabulary.
@@ -111,8 +109,7 @@ class GPTConfig:
         width, layers = number("hidden_size"), number("num_hidden_layers")
         heads = number("num_attention_heads")
         kv_heads = number("num_key_value_heads", {"llama": heads, "phi3": heads}.get(kind))
-        by_family = {"qwen3": 128, "gemma3_text": 256}
-        head_dim = number("head_dim", by_family.get(kind, width // heads))
+        head_dim = number("head_dim", {"qwen3": 128, "gemma3_text": 256}.get(kind, width // heads))
         if heads % kv_heads:
             raise ValueError(f"config.json: {heads} heads cannot share {kv_heads} key/value heads")
         if head_dim % 2:
@@ -486,22 +483,25 @@ class GPT(nn.Module):
             _load(file, name, rows, ours, first, config.tied and name == "lm_head.weight")
         return model
 
-    def save_pretrained(self, folder) -> None:
-        """Write config.json and model.safetensors, under transformers' names, in their dtype."""
-        self.save_config(folder)
+    def save_pretrained(self, folder, gather=lambda p: p) -> None:
+        """Write config.json, as it was read, and model.safetensors, both as transformers has them.
+
+        gather: makes a sharded parameter whole (a collective). folder None: write nothing.
+        """
         tensors = {}
         for name, (parameter, rows) in self.hf_rows().items():
-            tensors[name] = self.get_parameter(parameter)[rows].detach().cpu().contiguous()
-        save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-
-    def save_config(self, folder) -> None:
-        """Write config.json as it was read, with the parameters' dtype."""
+            p = gather(self.get_parameter(parameter))
+            if folder:
+                tensors[name] = p[rows].detach().cpu().contiguous()
+        if not folder:
+            return
         if not self.config.hf:
             raise ValueError("this config did not come from GPTConfig.from_hf: no config.json")
         key = "dtype" if "dtype" in self.config.hf else "torch_dtype"  # before transformers 5
         hf = self.config.hf | {key: str(self.norm.dtype).removeprefix("torch.")}
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
     def hf_rows(self) -> dict[str, tuple[str, slice]]:
         """{name of a tensor in the file: (parameter, the rows of it that the tensor fills)}."""

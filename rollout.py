@@ -1,8 +1,7 @@
 """The sampler: prompts in, answers with their log-probs out.
 
 Each prompt is prefilled once. Its answers then decode, each in a row ("slot") of one KV cache. When
-an answer ends, the next one takes its row before the next token is drawn. When none is left, the
-batch shrinks.
+an answer ends, the next one takes its row at once. When none is left, the batch shrinks.
 
 A sample depends on the seed, its prompt's tokens, its number among the answers to that prompt, and
 the position. It does not depend on the slots, the other prompts or n: `uniforms` hashes these four
@@ -74,11 +73,12 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
 
     with bar, packed_if_it_fits(model):
         decoder, slots = decoder_for(model, row_length, len(prompts) * n, slots)
+        cache = decoder.cache
         answers = Answers(prompts, n, max_new_tokens, stop, seed, bar)
         # Popped from the end, so long prompts are prefilled first, in batches of equal width.
         unread = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         startable = []  # [(row of `prefilled`, answer)]
-        running = []  # row of the decoder's cache -> answer
+        running = []  # row of `cache` -> answer
         while unread or startable or running:
             # 1. Fill the free rows. An answer's first token comes from its prompt's last logits.
             #    If it goes on, it gets a copy of the prompt's keys and values in a row of its own.
@@ -92,13 +92,13 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
                 answers.record(new, draw(logits[rows], uniform, *filters))
                 for row, a in started:
                     if a not in answers.ended:
-                        end = len(running)
-                        decoder.cache.copy(slice(end, end + 1), prefilled, row, answers.cached[a])
+                        free_row = slice(len(running), len(running) + 1)
+                        cache.copy(free_row, prefilled, row, answers.cached[a])
                         running.append(a)
             queued = len(startable) + n * len(unread)
             bar.set_postfix(live=len(running), queued=queued, refresh=False)
             if not running:
-                continue
+                break
 
             # 2. Draw one token for every row.
             answers.record(running, decoder(model, answers.inputs(running), filters))
@@ -108,8 +108,8 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
                 if running[row] in answers.ended:
                     last = running.pop()
                     if row < len(running):
-                        cache, length = decoder.cache, answers.cached[last]
-                        cache.copy(slice(row, row + 1), cache, len(running), length)
+                        gap = slice(row, row + 1)
+                        cache.copy(gap, cache, len(running), answers.cached[last])
                         running[row] = last
     return answers.rollouts
 
@@ -120,8 +120,7 @@ class Answers:
         self.max_new_tokens, self.stop, self.bar = max_new_tokens, stop, bar
         self.rollouts = [Rollout(i) for i in range(len(prompts)) for _ in range(n)]
         self.keys = answer_keys(prompts, n, seed)
-        cached = [len(prompt) - 1 for prompt in prompts]
-        self.cached = np.repeat(cached, n)  # tokens in the cache: all but the newest
+        self.cached = np.repeat([len(p) - 1 for p in prompts], n)  # in the cache: not the newest
         self.ended = set()
 
     def inputs(self, some: list[int]) -> np.ndarray:
@@ -136,8 +135,7 @@ class Answers:
         """Append to each what was drawn, (rows, 2): token and log-prob."""
         for a, (token, logprob) in zip(some, drawn.tolist()):
             if math.isnan(logprob):
-                raise ValueError("the model's logits are not finite: its weights hold NaN or "
-                                 "infinity, or have diverged")
+                raise ValueError("logits are not finite: the weights hold NaN or have diverged")
             rollout = self.rollouts[a]
             rollout.tokens.append(int(token))
             rollout.logprobs.append(logprob)
@@ -171,9 +169,6 @@ def prefill(model, prompts: list[list[int]], unread: list[int], n: int):
     return cache, model.logits(hidden[rows, ends]), startable
 
 
-# ---- a decoding step ----
-
-
 class Decoder:
     """Draws one token for every running row, over tensors that stay where they are.
 
@@ -185,13 +180,13 @@ class Decoder:
     in time. So rows and span are rounded up to a few sizes (`step_size`). Each is captured as a
     CUDA graph when it first occurs, and replayed from then on.
     """
-    def __init__(self, model, max_rows: int, slots: int, row_length: int):
+    def __init__(self, model, max_rows: int, slots: int, row_length: int, addresses: list):
         weight, device = model.unembedding, model.unembedding.device
         self.max_rows, self.use_graphs = max_rows, weight.is_cuda
         self.slots, length = step_size(slots, row_length, self.use_graphs)
         self.cache = KVCache(model.config, self.slots, length, dtype=weight.dtype, device=device)
         self.inputs = torch.zeros(self.slots, 3, dtype=torch.float64, device=device)
-        self.weights = addresses(model)
+        self.addresses = addresses
         self.graphs = {}  # (rows, span, filters) -> CUDA graph, its result
         self.pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
 
@@ -199,8 +194,7 @@ class Decoder:
         """inputs (rows, 3) -> (rows, 2), as `draw`. filters: temperature, top_p, top_k."""
         running, longest = len(inputs), int(inputs[:, 1].max())
         rows, span = step_size(running, longest + 1, self.use_graphs)
-        padded = np.zeros((rows, 3))  # a spare row: token 0 at position 0
-        padded[:running] = inputs
+        padded = np.pad(inputs, ((0, rows - running), (0, 0)))  # spare rows: token 0 at position 0
         self.inputs[:rows] = torch.from_numpy(padded)
         size = rows, span, filters
         if size in self.graphs:
@@ -223,8 +217,8 @@ class Decoder:
     def capture(self, model, rows: int, span: int, filters: tuple) -> None:
         """Record a step without running it. It must have run before, so that the libraries have
         chosen their kernels. On failure print a note; this decoder goes on without graphs."""
-        graph = torch.cuda.CUDAGraph()
         try:
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.device(self.inputs.device), torch.cuda.graph(graph, self.pool):
                 drawn = self.step(model, rows, span, filters)
         except RuntimeError as error:
@@ -254,19 +248,16 @@ def decoder_for(model, row_length: int, rows: int, slots: int | None) -> tuple[D
     the weights too. These stay valid while training writes in place, as optimizers do.
     """
     max_rows = min(rows, slots or MAX_SLOTS)
+    addresses = [p.data_ptr() for p in model.parameters()]
     decoder = decoders.pop(model, None)
     fits = decoder and max_rows <= decoder.max_rows and row_length <= decoder.cache.max_length
-    if not fits or decoder.weights != addresses(model):
+    if not fits or decoder.addresses != addresses:
         decoder = None  # frees its memory before the next one is allocated
         count = choose_slots(model, row_length, max_rows, slots)
-        decoder = Decoder(model, max_rows, count, row_length)
+        decoder = Decoder(model, max_rows, count, row_length, addresses)
     if model.unembedding.is_cuda:
         decoders[model] = decoder
     return decoder, min(max_rows, decoder.slots)
-
-
-def addresses(model) -> list[int]:
-    return [p.data_ptr() for p in model.parameters()]
 
 
 def choose_slots(model, row_length: int, max_rows: int, slots: int | None) -> int:
@@ -274,16 +265,15 @@ def choose_slots(model, row_length: int, max_rows: int, slots: int | None) -> in
     memory holds; a quarter on a GPU, where the decoder stays."""
     c, weight = model.config, model.unembedding
     cached = 2 * c.layers * c.kv_heads * c.head_dim * row_length * weight.itemsize
-    row = cached + 16 * c.vocab_size  # bytes, with the logits and what is made of them
+    row = cached + 16 * c.vocab_size  # bytes, with the logits and their temporaries
     free, part = available_memory(), 2
     if weight.is_cuda:
         torch.cuda.empty_cache()  # of what PyTorch holds and does not use
         free, part = torch.cuda.mem_get_info(weight.device)[0], 4
     needed = max_rows if slots else 1
     if needed * row > free:
-        raise ValueError(f"{needed} slots of {row_length} tokens need {needed * row / 2**30:.1f} "
-                         f"GiB of KV cache and logits, but only {free / 2**30:.1f} GiB are free: "
-                         "ask for fewer slots or tokens")
+        raise ValueError(f"the KV cache of {needed} slots of {row_length} tokens does not fit into "
+                         f"{free / 2**30:.1f} GiB of free memory: ask for fewer slots or tokens")
     return max_rows if slots else max(1, min(max_rows, free // part // row))
 
 
@@ -293,14 +283,10 @@ def packed_if_it_fits(model):
     return model.packed() if copies < available_memory() // 2 else contextlib.nullcontext()
 
 
-# ---- the draw ----
-
-
 def answer_keys(prompts: list[list[int]], n: int, seed: int) -> np.ndarray:
     """(len(prompts) * n,) uint64: the key of each answer's stream of uniforms. It counts a prompt's
     occurrences in the call, so that a repeated one gets new answers."""
-    seen = Counter()
-    digests = []
+    seen, digests = Counter(), []
     for prompt in map(tuple, prompts):
         text = repr((seed, seen[prompt], prompt))
         seen[prompt] += 1
@@ -318,15 +304,13 @@ def uniforms(keys: np.ndarray, position: np.ndarray | int) -> np.ndarray:
     return ((x ^ (x >> 31)) >> 11).astype(np.float64) * 2.0**-53
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float,
-         top_k: int) -> Tensor:
+def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
     """The token at which `uniform` falls in each row's cumulative distribution, and its log-prob.
 
     logits (rows, V) float32, uniform (rows,) float64 -> (rows, 2) float32: token (exact: V is below
     2^24) and its log-prob under the plain softmax.
-    The cumulative sum has two levels, blocks of BLOCK tokens and then tokens, both in float64. A
-    running float32 sum would lose tokens of probability 1e-6. A running float64 one over all of V
-    costs as much as the forward of a small model.
+    The cumulative sum has two levels, blocks of BLOCK tokens, then tokens, both float64. A single
+    one would in float32 lose tokens of probability 1e-6, and in float64 cost as much as a forward.
     """
     peak = logits.amax(-1, True)  # (rows, 1)
     weights, sums = exp_in_blocks(logits, peak)

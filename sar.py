@@ -252,13 +252,14 @@ def score_answers(model, contexts: list[list[int]], answers: list[list[int]], he
     return scores
 
 
-def answer_logprobs(model, contexts, answers, **options) -> list[Tensor]:
-    """log P(a_j | context, a_<j) at temperature 1 for every token of every answer: `score_answers`,
-    with its options, and the head of `fused_logprob`."""
-    def head(hidden, targets):
-        return fused_logprob(hidden, model.unembedding, targets)[0]
+def logprob_head(model):
+    """The head for `score_answers` that returns log P(a_j | context, a_<j) at temperature 1."""
+    return lambda hidden, targets: fused_logprob(hidden, model.unembedding, targets)[0]
 
-    return score_answers(model, contexts, answers, head, **options)
+
+def answer_logprobs(model, contexts, answers, **options) -> list[Tensor]:
+    """log P(a_j | context, a_<j) of every answer token; options as in `score_answers`."""
+    return score_answers(model, contexts, answers, logprob_head(model), **options)
 
 
 # ---- the reward ----
@@ -304,10 +305,9 @@ def total_reward(name: str, r_vr: Tensor, r_sa: Tensor, with_question: list[Tens
                  lengths: Tensor, *, alpha: float, samples: int) -> Tensor:
     """The reward R (N,) by its name for --reward. N = P * samples, a question's answers adjacent.
 
-    r_vr (N,) float64, 0 or 1; r_sa (N,) float64 in [-1, 1]; with_question: each answer's
-    log P(a_j | q, a_<j) in nats, at least one; lengths (N,) in tokens. A part has the weight alpha
-    beside R_VR, and 1 alone (as in the public code of arXiv 2509.05489). Raises ValueError for an
-    unknown name, and where o1 or er has no group to compare within.
+    r_vr (N,), 0 or 1, and r_sa (N,) are float64; with_question: each answer's log-probs (len(a),),
+    at least one; lengths (N,) in tokens. Beside R_VR a part has the weight alpha, alone 1 (as in
+    the code of arXiv 2509.05489). Raises ValueError for an unknown name, or a group of one.
     """
     if name in GROUP_REWARDS and samples < 2:
         raise ValueError(f"--reward {name} compares the answers to one question: it needs "

@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # 3. reward, and its advantage within the group
         verdicts = [judge(a.text, a.problem.answer, args.verifier) for a in answers]
-        r_vr = torch.tensor([v.reward for v in verdicts], dtype=torch.float64)  # (N,)
+        r_vr = torch.tensor([v.reward for v in verdicts]).double()  # (N,)
         r_sa = self_aligned_reward(with_question, without_question)  # (N,)
         alpha = alpha_at(step, args.steps, args.alpha, args.alpha_end)
         lengths = torch.tensor([len(t) for t in tokens])  # (N,)

@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         prompts, tokens = [a.prompt for a in answers], [a.tokens for a in answers]  # N lists each
         run.lap("sampling")
 
-        # 2. score every token: after its question, without it, under the frozen start; and its value
+        # 2. score every token: after its question, without it, under the frozen start; its value
         both = parallel.score(policy, prompts + [no_question] * len(answers), tokens * 2, args)
         with_question, without_question = both[:len(answers)], both[len(answers):]  # (len(a),) each
         start = parallel.score(frozen, prompts, tokens, args) if frozen else with_question
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # 3. reward at the last token; advantages by GAE, whitened over the batch
         verdicts = [judge(a.text, a.problem.answer, args.verifier) for a in answers]
-        r_vr = torch.tensor([v.reward for v in verdicts], dtype=torch.float64)  # (N,)
+        r_vr = torch.tensor([v.reward for v in verdicts]).double()  # (N,)
         r_sa = self_aligned_reward(with_question, without_question)  # (N,)
         alpha = alpha_at(step, args.steps, args.alpha, args.alpha_end)
         lengths = torch.tensor([len(t) for t in tokens])  # (N,)

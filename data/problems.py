@@ -27,6 +27,7 @@ from pathlib import Path
 from data.files import file_sha256, one_line, read_json
 from data.hub import cache_folder, download, download_lock, endpoint
 from data.prompts import encode_prompt
+from data.tiny_world import tiny_problems
 
 MAX_PER_SOURCE = 10_000  # problems (the authors' merge_datasets.py)
 NUMINA_TEST_SHARE = 0.08  # the authors' openr1.py
@@ -66,9 +67,7 @@ def load_problems(name_or_path: str, split: str = "train") -> list[Problem]:
     if base in SPLIT_SETS and ending in ("train", "test"):
         name, split = base, ending
     if name == "tiny":
-        from data.tiny_world import tiny_problems  # here, because it imports Problem
-
-        return tiny_problems(split)
+        return [Problem(*pair) for pair in tiny_problems(split)]
     if name == "gsm8k":
         return at_most(f"gsm8k {split}", read_jsonl(published(f"gsm8k_{split}.jsonl")))
     if name == "math":

@@ -23,8 +23,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from data.problems import Problem
-
 NAMES = (
     "Tom Ann Ben Mia Sam Eva Leo Zoe Max Ivy Dan Amy Jack Lily Owen Ruby Noah Emma Luke Rosa Adam "
     "Nora Paul Jane"
@@ -174,10 +172,10 @@ def stories(seed: int, *, test: bool = False) -> Iterator[Story]:
             yield story
 
 
-def tiny_problems(split: str) -> list[Problem]:
-    """The embedded model's data: SIZES[split] problems; those of "test" were never trained on."""
+def tiny_problems(split: str) -> list[tuple[str, str]]:
+    """SIZES[split] pairs of question and answer; those of "test" were never trained on."""
     chosen = islice(stories(1, test=split == "test"), SIZES[split])
-    return [Problem(story.question, story.answer) for story in chosen]
+    return [(story.question, story.answer) for story in chosen]
 
 
 def training_texts(seed: int) -> Iterator[tuple[str, str]]:

@@ -34,8 +34,8 @@ WHITE_SPACE = ("\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2
                "\u2009\u200a\u2028\u2029\u202f\u205f\u3000")  # Unicode's; str.strip() has four more
 WHITE_SPACES = re.compile(f"[{WHITE_SPACE}]*")
 # Bytes that a byte-level vocabulary may lack, as SmolLM2's does: control characters, and bytes that
-# UTF-8 uses nowhere (C0, C1, F5 to FF) or only beyond emoji and CJK characters (F1 to F4).
-RARE_BYTES = {*range(9), *range(14, 32), 0x7F, 0xC0, 0xC1, *range(0xF1, 0x100)}
+# UTF-8 uses nowhere (C0, C1, F5 to FF) or only for unassigned code points (F1, F2).
+RARE_BYTES = {*range(9), *range(14, 32), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
 
 # The ByteLevel pre-tokenizer's own pattern (GPT-2's), and what it becomes behind a step that splits
 # off every digit: white space before a digit stays together.

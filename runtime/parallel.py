@@ -8,7 +8,6 @@ same order, because no branch around one depends on data that only one process h
 """
 import atexit
 import contextlib
-import copy
 import functools
 import io
 import itertools
@@ -32,7 +31,7 @@ import sar
 from data.problems import Problem, shuffled
 from data.prompts import encode_prompt
 from model import GPT
-from rollout import Rollout, generate
+from rollout import generate
 from verify import Verdict
 
 store = None  # torchrun's key-value store: small values that the processes share by name
@@ -146,14 +145,10 @@ def reshard(model) -> None:
 
 
 def sampler_for(policy: GPT, args) -> GPT:
-    """The model that samples: the policy itself in float32, else a copy of it in bfloat16.
-
-    A sharded policy always has a copy, whole in every process. copy_weights_to keeps it current.
-    """
-    if not isinstance(policy, FSDPModule):
-        if args.dtype == "float32":
-            return policy
-        return copy.deepcopy(policy).to(torch.bfloat16).requires_grad_(False)
+    """The model that samples: the policy itself, if it is whole and in float32. Else a copy, whole
+    in every process and in --dtype, which copy_weights_to keeps current."""
+    if args.dtype == "float32" and not isinstance(policy, FSDPModule):
+        return policy
     with torch.device("meta"):
         sampler = GPT(policy.config).to(getattr(torch, args.dtype)).requires_grad_(False)
     sampler.to_empty(device=args.device)
@@ -227,39 +222,23 @@ def sample(model: GPT, tokenizer, problems: list[Problem], *, samples: int, max_
     mine = [i for i, prompt in enumerate(prompts) if tuple(prompt) in dealt]
     drawn = generate(model, [prompts[i] for i in mine], n=samples, max_new_tokens=max_new_tokens,
                      stop=tokenizer.stop_ids, temperature=temperature, seed=seed, slots=slots)
-    rollouts = [Rollout(k // samples) for k in range(len(prompts) * samples)]
-    for k, rollout in enumerate(drawn):
-        rollouts[mine[k // samples] * samples + k % samples] = rollout
+    # Tokens and log-probs, with the length and `finished` behind them. float64 holds them exactly,
+    # and adding the other processes' zeros changes nothing.
+    table = torch.zeros(len(prompts), samples, 2, max_new_tokens + 1, dtype=torch.float64)
+    for k, r in enumerate(drawn):
+        row = table[mine[k // samples], k % samples]
+        row[:, :len(r.tokens)] = torch.tensor([r.tokens, r.logprobs], dtype=torch.float64)
+        row[:, -1] = torch.tensor([len(r.tokens), r.finished])
     if world > 1:
-        exchange(rollouts)
+        dist.all_reduce(table)
     answers = []
-    for k, r in enumerate(rollouts):
-        text = tokenizer.decode(r.tokens[:-1] if r.finished else r.tokens)
-        answers.append(Answer(problems[k // samples], prompts[k // samples], r.tokens, r.finished,
-                              torch.tensor(r.logprobs), text))
+    for k, (tokens, logprobs) in enumerate(table.flatten(0, 1)):
+        length, finished = int(tokens[-1]), bool(logprobs[-1])
+        ids = tokens[:length].long().tolist()
+        text = tokenizer.decode(ids[:-1] if finished else ids)
+        answers.append(Answer(problems[k // samples], prompts[k // samples], ids, finished,
+                              logprobs[:length].float(), text))
     return answers
-
-
-def exchange(rollouts: list[Rollout]) -> None:
-    """Fill in the rollouts that are empty here, because other processes have sampled them."""
-    ends = torch.tensor([[len(r.tokens), r.finished] for r in rollouts])  # (N, 2)
-    dist.all_reduce(ends)
-    lengths = ends[:, 0].tolist()
-    tokens = all_reduce_pieces([torch.tensor(r.tokens) for r in rollouts], lengths)
-    logprobs = all_reduce_pieces([torch.tensor(r.logprobs) for r in rollouts], lengths)
-    for r, t, lp, finished in zip(rollouts, tokens, logprobs, ends[:, 1].tolist()):
-        r.tokens, r.logprobs, r.finished = t.long().tolist(), lp.tolist(), bool(finished)
-
-
-def all_reduce_pieces(pieces: list[Tensor], lengths: list[int]) -> list[Tensor]:
-    """Pieces (lengths[i],), each known to one process and empty in the others -> known to all.
-
-    float64 holds token ids and log-probs exactly, and adding zeros changes nothing.
-    """
-    padded = [piece if len(piece) else torch.zeros(n) for piece, n in zip(pieces, lengths)]
-    flat = torch.cat([piece.double() for piece in padded])
-    dist.all_reduce(flat)
-    return list(flat.split(lengths))
 
 
 def score(model, contexts: list[list[int]], tokens: list[list[int]], args, head=None
@@ -269,14 +248,17 @@ def score(model, contexts: list[list[int]], tokens: list[list[int]], args, head=
     With a `head`: what it makes of the hidden states (sar.score_answers). No gradient.
     """
     rank, world = processes()
-    function = functools.partial(sar.score_answers, head=head) if head else sar.answer_logprobs
+    head = head or sar.logprob_head(model)
     with autocast(args):
-        pieces = function(model, contexts, tokens, micro_tokens=args.micro_tokens, rank=rank,
-                          world=world)
+        pieces = sar.score_answers(model, contexts, tokens, head, micro_tokens=args.micro_tokens,
+                                   rank=rank, world=world)
     if world == 1:
         return pieces
     reshard(model)
-    return [piece.float() for piece in all_reduce_pieces(pieces, [len(t) for t in tokens])]
+    lengths = [len(t) for t in tokens]
+    flat = torch.cat([p if len(p) else torch.zeros(n) for p, n in zip(pieces, lengths)])
+    dist.all_reduce(flat)
+    return list(flat.split(lengths))
 
 
 def score_with_gradient(model, micro: list[Answer], args, head=None):

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.files import open_tensors, read_json, write_atomically
+from model import GPT, GPTConfig
 from runtime.parallel import Answer, Means, all_gather, from_rank_0, own_rows, processes, reshard
 from sar import perplexity
 from verify import STATUSES
@@ -34,24 +35,16 @@ RUNS = Path(os.environ.get("SA_RUNS", HERE / "runs"))  # SA_RUNS: another disk
 LOGS = ("metrics.jsonl", "completions.jsonl", "evals.jsonl")
 
 
-def newest_run() -> str | None:
-    configs = sorted(RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-    return configs[-1].parent.name if configs else None
-
-
 def provenance(device: str) -> dict:
     """What a run is made with: the commit, versions, machine, threads."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        commit = ""
+    command = "git describe --always --dirty --abbrev=40 || echo unknown"
+    described = subprocess.run(command, shell=True, cwd=HERE, capture_output=True, text=True)
     versions = {name: version(name) for name in ("torch", "numpy", "tiktoken", "safetensors")}
     versions |= {"python": platform.python_version(), "machine": platform.machine(),
                  "threads": torch.get_num_threads(), "processes": processes()[1]}
     if device.startswith("cuda"):
         versions["gpu"] = torch.cuda.get_device_name(device)
-    return {"git_commit": commit or "unknown", "versions": versions}
+    return {"git_commit": described.stdout.strip(), "versions": versions}
 
 
 def peak_memory(device: str) -> float:
@@ -74,10 +67,10 @@ def record(a: Answer, step: int) -> dict:
 
 def describe(answers: list[Answer], means: Means, args) -> dict:
     """The metrics that both training scripts log; docs/usage.md says what each means."""
-    right = torch.tensor([a.verdict.reward for a in answers], dtype=torch.float64)  # (N,)
+    right = torch.tensor([a.verdict.reward for a in answers]).double()  # (N,)
     reward = torch.stack([a.reward for a in answers])
     r_sa = torch.stack([a.r_sa for a in answers])
-    lengths = torch.tensor([len(a.tokens) for a in answers], dtype=torch.float64)
+    lengths = torch.tensor([len(a.tokens) for a in answers]).double()
     mismatch = torch.cat([a.logprobs - a.with_question for a in answers]).abs()  # (tokens,)
     statuses = [a.verdict.status for a in answers]
     sums, mean, largest = means.gather()
@@ -116,7 +109,9 @@ class Run:
         self.stop_signal: int | None = None
         self.is_main = processes()[0] == 0
         if self.is_main:
-            parameters = count_parameters(folder)
+            with torch.device("meta"):
+                model = GPT(GPTConfig.from_hf(read_json(folder / "config.json")))
+            parameters = sum(p.numel() for p in model.parameters())
             warn_if_large(args, parameters, models)
             self.prepare(algorithm, models * parameters)
         self.step, checkpoint = from_rank_0(lambda: (self.step, str(self.checkpoint or "")))
@@ -136,11 +131,11 @@ class Run:
         if self.args.resume:
             self.rewind()
             before = read_json(path)
-            for what in ("threads", "processes"):
-                was, now = before["versions"].get(what, 1), here["versions"][what]
+            for what, now in here["versions"].items():
+                was = before["versions"].get(what)
                 if was != now:
-                    say(f"the run began with {was} {what} and goes on with {now}: the last bits of "
-                        "its sums will differ")
+                    say(f"the run began with {what} {was} and goes on with {now}: the last bits of "
+                        "its sums may differ")
             resumes = [*before.get("resumes", []), {"step": self.step, **here}]
             config = before | {"settings": config["settings"], "resumes": resumes}
         elif path.exists():
@@ -285,7 +280,8 @@ class Run:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
             tokenizer.copy_to(scratch)
-        save_model(policy, scratch)
+        reshard(policy)
+        policy.save_pretrained(scratch if self.is_main else None, all_gather)
         save_tensors(adam_state(policy, optimizer), scratch / "optimizer.safetensors")
         if critic:
             reshard(critic)
@@ -294,16 +290,12 @@ class Run:
                          scratch / "critic_optimizer.safetensors")
         if not self.is_main:
             return
-        for log in self.logs.values():
-            os.fsync(log.fileno())
         sizes = {name: (self.folder / name).stat().st_size for name in LOGS}
         state = {"step": self.step, "log_bytes": sizes}
         write_atomically(scratch / "state.json", json.dumps(state))
-        for path in (*scratch.iterdir(), scratch):
-            sync(path)
+        os.sync()  # the checkpoint and the logs are on the disk before it gets its name
         shutil.rmtree(place, ignore_errors=True)  # one without optimizer state
         scratch.rename(place)
-        sync(self.folder)
         for name in ("optimizer", "critic", "critic_optimizer"):
             for older in self.folder.glob(f"step_*/{name}.safetensors"):
                 if older.parent != place:
@@ -321,23 +313,7 @@ def plain(row: dict) -> dict:
     return row | dict.fromkeys(infinite)
 
 
-def sync(path: Path) -> None:
-    """Have the system write a file or folder to the disk now."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
 # ---- checkpoints: whole tensors under their names, for any number of processes ----
-
-
-def count_parameters(folder: Path) -> int:
-    """From the headers of the folder's safetensors files: nothing is loaded."""
-    total = 0
-    for path in folder.glob("model*.safetensors"):
-        with open_tensors(path) as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
-    return total
 
 
 def warn_if_large(args, parameters: int, models: int) -> None:
@@ -355,22 +331,8 @@ def warn_if_large(args, parameters: int, models: int) -> None:
         "--max-new-tokens make it shorter")
 
 
-def save_model(model, folder: Path) -> None:
-    """model.save_pretrained(folder), also for a sharded model."""
-    if processes()[1] == 1:
-        return model.save_pretrained(folder)
-    if processes()[0] == 0:
-        model.save_config(folder)
-    reshard(model)
-    tensors, rows = {}, {}
-    for name, (parameter, own) in model.hf_rows().items():
-        tensors[name], rows[name] = model.get_parameter(parameter), own
-    save_tensors(tensors, folder / "model.safetensors", rows, {"format": "pt"})
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path, rows: dict | None = None,
-                 metadata: dict | None = None) -> None:
-    """Write {name: tensor}, or of each only rows[name]. Rank 0 gathers and holds them all.
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write {name: tensor}. Rank 0 gathers and holds them all.
 
     torch.distributed.checkpoint is not used, because its metadata file is a pickle.
     """
@@ -378,10 +340,9 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, rows: dict | None = Non
     for name, tensor in tensors.items():
         tensor = all_gather(tensor)
         if processes()[0] == 0:
-            tensor = tensor[rows[name]] if rows else tensor
             whole[name] = tensor.cpu().contiguous()
     if processes()[0] == 0:
-        save_file(whole, path, metadata)
+        save_file(whole, path)
 
 
 def adam_state(model, optimizer) -> dict[str, Tensor]:

@@ -170,8 +170,7 @@ def parse(parser: Parser, algorithm: str, argv: list[str] | None = None) -> argp
 def take_saved_settings(args: argparse.Namespace, algorithm: str) -> None:
     """--resume: fill `args` from the run's config.json. Refuses a flag that changes the run."""
     if not args.name:
-        newest = runs.newest_run() or "not there: runs/ is empty"
-        raise ValueError(f"--resume needs --name NAME; the newest is {newest}")
+        raise ValueError(f"--resume needs --name NAME, a folder in {runs.RUNS}")
     path = runs.RUNS / args.name / "config.json"
     if not parallel.from_rank_0(path.exists):
         if "TORCHELASTIC_RUN_ID" not in os.environ:

@@ -32,7 +32,7 @@ def prompts(tokenizer):
     from data.prompts import encode_prompt
     from data.tiny_world import tiny_problems
 
-    return [encode_prompt(tokenizer, p.question) for p in tiny_problems("test")[:8]]
+    return [encode_prompt(tokenizer, question) for question, _ in tiny_problems("test")[:8]]
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from conftest import TINY
 
 from data import problems
 from data.problems import Problem, batch_of, load_problems, shuffled, training_problems
+from data.prompts import encode_prompt
 
 SHARED = os.environ.get("SA_SHARED")
 FIRST_HELD_OUT = 7
@@ -505,16 +506,18 @@ def test_a_tenth_is_held_out_chosen_by_the_data_alone(tokenizer, place, monkeypa
 
 
 def test_long_prompts_are_skipped_and_counted_never_cut(tokenizer, place, capsys):
-    rows = [{"question": "Tom " * (5 if i % 3 else 50), "answer": i} for i in range(60)]
+    short, long = "Tom Tom Tom", "Tom Tom Tom Tom"  # the longer one by a token
+    limit = len(encode_prompt(tokenizer, short))
+    rows = [{"question": short if i % 3 else long, "answer": i} for i in range(60)]
     path = jsonl(place / "a.jsonl", *rows)
-    kept, held_out = training(tokenizer, path, max_prompt_tokens=20)
+    kept, held_out = training(tokenizer, path, max_prompt_tokens=limit)
     said = capsys.readouterr().err.splitlines()
-    assert {p.question for p in kept + held_out} == {("Tom " * 5).strip()}
+    assert {p.question for p in kept + held_out} == {short}
     assert len(kept) + len(held_out) == 40
     counts = f"{54 - len(kept)} of 54 prompts", f"{6 - len(held_out)} of 6 held-out prompts"
-    assert said == [f"note: {c} are longer than 20 tokens and are skipped" for c in counts]
-    # The model has 1024 positions: this leaves 24 for the prompt.
-    assert training(tokenizer, path, max_new_tokens=1000) == (kept, held_out)
+    assert said == [f"note: {c} are longer than {limit} tokens and are skipped" for c in counts]
+    # The model has 1024 positions for a prompt and its answer.
+    assert training(tokenizer, path, max_new_tokens=1024 - limit) == (kept, held_out)
 
 
 @pytest.mark.parametrize("changes, says", [

@@ -34,8 +34,9 @@ def largest_difference(rollouts, others):
 def test_samples_do_not_depend_on_slots_order_or_group_size(model, prompts, stop, rng):
     kw = dict(max_new_tokens=40, stop=stop, seed=rng.randrange(1000))
     base = tokens(generate(model, prompts, n=4, **kw))
-    for slots in (1, 7, 64):
+    for slots in (7, 64):
         assert tokens(generate(model, prompts, n=4, slots=slots, **kw)) == base
+    assert tokens(generate(model, prompts[:2], n=4, slots=1, **kw)) == base[:8]
     eight = tokens(generate(model, prompts, n=8, **kw))
     assert [eight[i * 8 + k] for i in range(len(prompts)) for k in range(4)] == base
     order = list(range(len(prompts)))
@@ -214,6 +215,48 @@ def test_steps_of_rounded_sizes(model, prompts, stop, monkeypatch):
     assert len(asked) > 150
     sizes = [step_size(rows, 129, True) for rows in range(1, 14)]
     assert sizes == [(r, 256) for r in (1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16)]
+
+
+@pytest.mark.parametrize("works", (True, False))
+def test_replay_and_failure_of_graphs(works, model, prompts, stop, monkeypatch, capsys):
+    """On a CPU: `capture` is given a graph that computes its step, or fails as it does there."""
+    kw = dict(n=3, max_new_tokens=40, stop=stop, seed=5)
+    want = generate(model, prompts, **kw)
+    decoders, replays = [], []
+
+    class Graph:
+        def __init__(self, decoder, size):
+            self.step = lambda: decoder.step(model, *size)
+            self.drawn = torch.zeros(size[0], 2)
+
+        def replay(self):
+            replays.append(1)
+            self.drawn.copy_(self.step())
+
+    def decoder_with_graphs(*args):
+        decoders.append(Decoder(*args))
+        decoders[-1].use_graphs = True
+        return decoders[-1]
+
+    def capture(decoder, model, *size):
+        graph = Graph(decoder, size)
+        decoder.graphs[size] = graph, graph.drawn
+
+    def fail(*args):
+        raise RuntimeError("cannot capture")
+
+    Decoder, step_size = rollout.Decoder, rollout.step_size
+    monkeypatch.setattr(rollout, "step_size", lambda rows, length, _: step_size(rows, length, True))
+    monkeypatch.setattr(rollout, "Decoder", decoder_with_graphs)
+    if works:
+        monkeypatch.setattr(Decoder, "capture", capture)
+    else:
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", fail)
+    got = generate(model, prompts, **kw)
+    assert tokens(got) == tokens(want)
+    assert largest_difference(got, want) < 1e-4
+    assert bool(replays) == bool(decoders[0].graphs) == works
+    assert ("no CUDA graphs, slower: cannot capture" in capsys.readouterr().err) != works
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -17,7 +17,7 @@ from runtime.settings import Parser, positive_int
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("The greedy answers of several models to one question, with their lengths.")
     parser.add_argument("models", nargs="+", help="model folders or names")
-    parser.add_argument("--question", default=tiny_problems("test")[32].question,
+    parser.add_argument("--question", default=tiny_problems("test")[32][0],
                         help="(default: a held-out problem of the embedded model)")
     parser.add_argument("--max-new-tokens", type=positive_int, default=256, help="(default: 256)")
     args = parser.parse_args(argv)
