@@ -16,8 +16,8 @@ depends on the seed, its prompt and its number alone (but for a GPU's rounding i
 """
 import json
 import math
-import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from statistics import NormalDist, fmean
 
@@ -39,19 +39,19 @@ COLUMNS = {  # of a table: the head, and how a cell is written
     "accuracy": "{accuracy:.1%} [{accuracy_low:.1%}, {accuracy_high:.1%}]",
     "by last number": "{last_number:.1%} [{last_number_low:.1%}, {last_number_high:.1%}]",
     "tokens: mean / median / p95": "{length:.1f} / {length_median:.0f} / {length_p95:.0f}",
+    "if right / wrong": "{length_correct:.1f} / {length_wrong:.1f}",
     "unfinished": "{unfinished:.1%}", "unparsed": "{unparsed:.1%}", "AES": "{score}"}
 
 
-def answer(model, tokenizer, problems: list, *, max_new_tokens: int, samples: int = 1,
-           temperature: float = 0.0, seed: int = 0, slots: int | None = None) -> list[dict]:
-    """`samples` answers to each problem, adjacent, as BENCHMARK.jsonl has them."""
+def answer(model, tokenizer, problems: list, args) -> list[dict]:
+    """--samples answers to each problem, adjacent, as BENCHMARK.jsonl has them."""
     different = {p.question: p for p in problems}  # a question asked twice gets the same answers
-    drawn = parallel.sample(model, tokenizer, list(different.values()), samples=samples, seed=seed,
-                            max_new_tokens=max_new_tokens, temperature=temperature, slots=slots)
-    answers = {q: drawn[i * samples:(i + 1) * samples] for i, q in enumerate(different)}
+    drawn = parallel.sample(model, tokenizer, list(different.values()), args, args.seed)
+    first = {question: i * args.samples for i, question in enumerate(different)}
     rows = []
     for problem in problems:
-        for a in answers[problem.question]:
+        start = first[problem.question]
+        for a in drawn[start:start + args.samples]:
             strict = judge(a.text, problem.answer, "strict")
             last = judge(a.text, problem.answer, "last-number")
             rows.append({"question": problem.question, "text": a.text, "tokens": a.tokens,
@@ -61,18 +61,17 @@ def answer(model, tokenizer, problems: list, *, max_new_tokens: int, samples: in
     return rows
 
 
-def evaluate(model, tokenizer, problems: list, *, max_new_tokens: int, verifier: str = "strict",
-             slots: int | None = None) -> dict:
-    """Greedy answers to every problem, summarised. Raises ValueError if there is no problem."""
-    rows = answer(model, tokenizer, problems, max_new_tokens=max_new_tokens, slots=slots)
-    return summarise(rows, verifier=verifier)
+def evaluate(model, tokenizer, problems: list, args) -> dict:
+    """A greedy answer to each of at least one problem, summarised."""
+    greedy = Namespace(**vars(args) | {"samples": 1, "temperature": 0.0})
+    return summarise(answer(model, tokenizer, problems, greedy), verifier=args.verifier)
 
 
 def summarise(rows: list[dict], samples: int = 1, verifier: str = "strict") -> dict:
     """The figures of a benchmark, from `samples` adjacent answers to each problem.
 
     Lengths are in tokens, the stop token included; shares are of all answers. `accuracy` (mean@n)
-    is by `verifier`, `last_number` by the paper's rule. The mean length of no answers is None.
+    is by `verifier`, `last_number` by the paper's rule. The mean length of no answers is NaN.
     """
     key = "last_number_status" if verifier == "last-number" else "status"
     verdicts = np.array([r[key] for r in rows])
@@ -85,8 +84,8 @@ def summarise(rows: list[dict], samples: int = 1, verifier: str = "strict") -> d
               "unfinished": fmean(not r["finished"] for r in rows),
               "unparsed": fmean(r["status"] not in ("correct", "wrong") for r in rows),
               "errors": sum(r["status"] == "error" for r in rows)}
-    result["length_correct"] = lengths[right].mean().item() if right.any() else None
-    result["length_wrong"] = lengths[wrong].mean().item() if wrong.any() else None
+    result["length_correct"] = lengths[right].mean().item() if right.any() else math.nan
+    result["length_wrong"] = lengths[wrong].mean().item() if wrong.any() else math.nan
     for name in ("accuracy", "last_number"):
         low, high = wilson(result[name], result["problems"])
         result |= {f"{name}_low": low, f"{name}_high": high}
@@ -168,9 +167,7 @@ def main(argv: list[str] | None = None) -> None:
             if not path.exists():
                 model = model or GPT.from_pretrained(folder, dtype=dtype, device=args.device,
                                                      length=longest + args.max_new_tokens)
-                rows = answer(model, tokenizers[prefix], found, samples=args.samples,
-                              max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                              seed=args.seed, slots=args.slots)
+                rows = answer(model, tokenizers[prefix], found, args)
                 lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
                 write_atomically(path, "".join(lines))
             rows = [json.loads(line) for line in path.read_bytes().splitlines()]
@@ -178,14 +175,18 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"{path} answers other problems: choose another --name")
             result = {"model": names[prefix], "skipped": skipped[benchmark]}
             result |= summarise(rows, args.samples)
+            if result["errors"]:
+                runs.say(f"verify.py failed on {result['errors']} answers to {benchmark}; they "
+                         "count as unparsed")
             for other in tables[benchmark].values():
-                score = aes(result, other)
-                result["aes"] = None if math.isnan(score) else score
+                result["aes"] = aes(result, other)
             short = "/".join(Path(names[prefix]).parts[-2:])
             tables[benchmark][f"{benchmark}: {prefix}{short}"] = result
     table = comparison_table(*tables.values())
     table += f"; temperature {args.temperature:g}, at most {args.max_new_tokens} tokens\n"
-    results = {benchmark: list(models.values()) for benchmark, models in tables.items()}
+    results = {}
+    for benchmark, models in tables.items():
+        results[benchmark] = [runs.plain(result) for result in models.values()]
     write_atomically(run / "results.json", json.dumps(results, indent=2))
     write_atomically(run / "table.md", table)
     print(f"{table}\n{run}: results.json, table.md, and every answer in *.jsonl")
@@ -213,7 +214,7 @@ def load_benchmarks(args, tokenizers: list[Tokenizer], room: int) -> tuple[dict,
         if not kept:
             raise ValueError(f"{note}: choose a lower --max-new-tokens")
         if skipped[benchmark]:
-            print(f"note: {note} and are skipped", file=sys.stderr)
+            runs.say(f"{note} and are skipped")
     return problems, skipped, longest
 
 
@@ -221,6 +222,8 @@ def open_run(args, folders: dict[str, Path]) -> Path:
     """runs/NAME for these settings. Raises ValueError where it holds others."""
     run = runs.RUNS / args.name
     path = run / "evaluation.json"
+    if (run / "config.json").exists():
+        raise ValueError(f"{run} holds a training run: choose another --name")
     weights = {prefix + file.name: file_sha256(file)[:16] for prefix, folder in folders.items()
                for file in sorted(folder.glob("model*.safetensors"))}
     chosen = vars(args) | {"weights": weights, "slots": None}  # slots change no answer

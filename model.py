@@ -11,7 +11,7 @@ normalise at the end. What sets them apart is named in GPTConfig and nowhere els
     gate activation               SiLU     SiLU      SiLU     SiLU       GELU (tanh)
     embedding times               1        1         1        1          sqrt(D)
     scores times                  hd^-.5   hd^-.5    hd^-.5   hd^-.5     query_pre_attn_scalar^-.5
-    rope ('linear', 'llama3': scaled)  plain or scaled        longrope   local layers: another base
+    rope                          plain, linear or llama3     longrope   local layers: another base
     sliding window                -        -         -        (4k only)  local layers
     q, k, v and gate, up stored   apart    apart     apart    fused      apart  (in memory: fused)
 
@@ -64,7 +64,7 @@ PIECE = 2**22  # bytes of a weight file that are in memory at a time while loadi
 
 @dataclass
 class GPTConfig:
-    """What the decoder is built from. `hf` is the config.json as it was read, for save_config."""
+    """What the decoder is built from. `hf` is the config.json as it was read, for saving."""
     vocab_size: int  # V
     width: int  # D, of the residual stream
     mlp_width: int

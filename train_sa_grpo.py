@@ -103,10 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- data and models ----
     folder = find_model(args.model)
     tokenizer = Tokenizer.from_pretrained(folder)
-    problems, held_out = training_problems(
-        args.data, tokenizer, folder, max_prompt_tokens=args.max_prompt_tokens,
-        max_new_tokens=args.max_new_tokens, hold_out=args.eval_every > 0,
-        at_least=args.prompts_per_step)
+    problems, held_out = training_problems(args, tokenizer, folder)
     no_question = encode_prompt(tokenizer, "")  # what ppl(a) is conditioned on
     run = runs.Run(args, "grpo", folder)
     place = dict(device=args.device, shard=parallel.sharding(args),
@@ -123,20 +120,16 @@ def main(argv: list[str] | None = None) -> None:
         runs.load_optimizer(run.checkpoint / "optimizer.safetensors", policy, optimizer)
 
     def evaluate_now(steps_done: int) -> None:
-        result = evaluate(sampler, tokenizer, held_out, max_new_tokens=args.max_new_tokens,
-                          verifier=args.verifier, slots=args.slots)
+        result = evaluate(sampler, tokenizer, held_out, args)
         run.log("evals.jsonl", {"step": steps_done, **result})
 
     # ---- the loop ----
-    sampling = dict(samples=args.samples, temperature=args.temperature,
-                    max_new_tokens=args.max_new_tokens, slots=args.slots)
     if args.eval_every and run.step == 0:
         evaluate_now(0)
     for step in run.steps("SA-GRPO" if args.reward == "sar" else f"GRPO ({args.reward})"):
         # 1. sample n answers to each of P questions
         questions = batch_of(problems, step, args.prompts_per_step, args.seed)
-        answers = parallel.sample(sampler, tokenizer, questions,
-                                  seed=args.seed * 2**32 + step, **sampling)
+        answers = parallel.sample(sampler, tokenizer, questions, args, args.seed * 2**32 + step)
         prompts, tokens = [a.prompt for a in answers], [a.tokens for a in answers]  # N lists each
         run.lap("sampling")
 

@@ -76,6 +76,7 @@ import math
 import random
 import re
 import string
+from contextvars import ContextVar
 from decimal import Decimal
 from fractions import Fraction
 from typing import NamedTuple
@@ -384,16 +385,15 @@ class _TooLarge(_Inexact):
     """Exact in principle, but beyond the bounds: no precision tells 2^100000 from 2^100000 + 1."""
 
 
-class _Work:
-    """What one verdict may still spend, in steps of about a microsecond: a count, not a clock."""
+_work_left = ContextVar("_work_left")  # of this verdict, in steps of about a microsecond
 
-    def __init__(self):
-        self.left = MAX_WORK
 
-    def spend(self, steps: int):
-        self.left -= steps
-        if self.left < 0:
-            raise _Undefined
+def _spend(steps: int):
+    """Count the work of a verdict, which a clock would measure differently on every machine."""
+    left = _work_left.get() - steps
+    _work_left.set(left)
+    if left < 0:
+        raise _Undefined
 
 
 def is_equivalent(prediction: str, reference: str) -> bool:
@@ -411,21 +411,21 @@ def is_equivalent(prediction: str, reference: str) -> bool:
     if _SIMPLE.fullmatch(a) and _SIMPLE.fullmatch(b):  # the common case needs no parser
         return Fraction(a) == Fraction(b)
     try:
-        work = _Work()
-        if _equal(a, b, work):
+        _work_left.set(MAX_WORK)
+        if _equal(a, b):
             return True
         label_a, label_b = _LABEL.fullmatch(a), _LABEL.fullmatch(b)  # "B) False" is B and is False
         if bool(label_a) == bool(label_b):
             return False
         label, other = (label_a, b) if label_a else (label_b, a)
-        return _text(label[1]) == _text(other) or _equal(label[2], other, work)
+        return _text(label[1]) == _text(other) or _equal(label[2], other)
     except _Undefined:                                              # out of work
         return False
 
 
-def _equal(a: str, b: str, work: _Work) -> bool:
+def _equal(a: str, b: str) -> bool:
     readings_a, readings_b = _readings(a), _readings(b)
-    if any(_same(x, y, work) for x in readings_a for y in readings_b):
+    if any(_same(x, y) for x in readings_a for y in readings_b):
         return True
     if any(_kind(x) == "text" for x in readings_a + readings_b):
         return _text(a) == _text(b)
@@ -1145,7 +1145,7 @@ def _both_signs(node, together: bool) -> list:
 _ONE = {(): 1}
 
 
-def _exact(node, work: _Work) -> tuple[dict, dict]:
+def _exact(node) -> tuple[dict, dict]:
     """node as (numerator, denominator).
 
     Raises _Inexact where it has no such form, _Undefined for 1/0.
@@ -1158,59 +1158,59 @@ def _exact(node, work: _Work) -> tuple[dict, dict]:
         return {((node, 1),): 1}, _ONE
     kind = node[0]
     if kind in ("+", "*"):
-        top, bottom = _exact(node[1], work)
+        top, bottom = _exact(node[1])
         for part in node[2:]:
-            t, b = _exact(part, work)
+            t, b = _exact(part)
             if kind == "*":
-                top = _product(top, t, work)
+                top = _product(top, t)
             elif b == bottom:
-                top = _plus(top, t, work)
+                top = _plus(top, t)
                 continue
             else:
-                top = _plus(_product(top, b, work), _product(t, bottom, work), work)
-            bottom = b if bottom is _ONE else bottom if b is _ONE else _product(bottom, b, work)
+                top = _plus(_product(top, b), _product(t, bottom))
+            bottom = b if bottom is _ONE else bottom if b is _ONE else _product(bottom, b)
         return top, bottom
     if kind == "unit":
-        return _exact(node[2], work)
+        return _exact(node[2])
     if kind == "call":
-        return _exact_call(node[1], node[2:], work)
+        return _exact_call(node[1], node[2:])
     if kind not in ("-", "/", "%", "^"):
         raise _Inexact
-    top, bottom = _exact(node[1], work)
+    top, bottom = _exact(node[1])
     if kind == "/":
         return _inverse(top, bottom)
     if kind == "^":
-        return _exact_power(top, bottom, _rational(node[2], work), work)
+        return _exact_power(top, bottom, _rational(node[2]))
     factor = -1 if kind == "-" else Fraction(1, 100)
     return {monomial: c * factor for monomial, c in top.items()}, bottom
 
 
-def _plus(p: dict, q: dict, work: _Work) -> dict:
-    work.spend(len(p) + len(q))
+def _plus(p: dict, q: dict) -> dict:
+    _spend(len(p) + len(q))
     out = dict(p)
     for monomial, c in q.items():
         c += out.pop(monomial, 0)
         if c:
-            out[monomial] = _bounded(c, work)
+            out[monomial] = _bounded(c)
     return out
 
 
-def _product(p: dict, q: dict, work: _Work) -> dict:
-    work.spend(2 * len(p) * len(q))
+def _product(p: dict, q: dict) -> dict:
+    _spend(2 * len(p) * len(q))
     if len(p) * len(q) > 4 * MAX_TERMS:
         raise _Inexact
     out = {}
     for m, c in p.items():
         for n, d in q.items():
             monomial, factor = _reduced(m, n) if m and n else (m or n, 1)
-            out[monomial] = out.get(monomial, 0) + _bounded(c * d * factor, work)
+            out[monomial] = out.get(monomial, 0) + _bounded(c * d * factor)
     return {monomial: c for monomial, c in out.items() if c}
 
 
-def _bounded(c, work: _Work):
+def _bounded(c):
     bits = c.numerator.bit_length() + c.denominator.bit_length()
     if bits > 64:
-        work.spend(bits // 64)
+        _spend(bits // 64)
         if bits > MAX_BITS:
             raise _TooLarge
     return c
@@ -1236,23 +1236,23 @@ def _inverse(top: dict, bottom: dict) -> tuple[dict, dict]:
     return bottom, top
 
 
-def _rational(node, work: _Work):
+def _rational(node):
     """node as an int or Fraction; raises _Inexact if it is not one."""
     if isinstance(node, (int, Fraction)):
         return node
-    top, bottom = _exact(node, work)
+    top, bottom = _exact(node)
     if bottom is not _ONE or not top.keys() <= {()}:
         raise _Inexact
     return _whole(Fraction(top.get((), 0)))
 
 
-def _exact_power(top: dict, bottom: dict, n, work: _Work) -> tuple[dict, dict]:
+def _exact_power(top: dict, bottom: dict, n) -> tuple[dict, dict]:
     if n < 0:
         (top, bottom), n = _inverse(top, bottom), -n
     if n.denominator > 1:                                           # 8^(2/3) is (8^(1/3))^2
         if bottom is not _ONE or not top.keys() <= {()}:
             raise _Inexact
-        top, n = _exact_root(Fraction(top.get((), 0)), n.denominator, work), n.numerator
+        top, n = _exact_root(Fraction(top.get((), 0)), n.denominator), n.numerator
     powers = []
     for p in (top, bottom):
         power = _ONE
@@ -1263,23 +1263,23 @@ def _exact_power(top: dict, bottom: dict, n, work: _Work) -> tuple[dict, dict]:
             if n > 10 ** 6 or n * bits > MAX_BITS:
                 raise _TooLarge
             monomial, factor = _reduced(tuple((name, k * n) for name, k in monomial))
-            power = {monomial: _bounded(c ** n * factor, work)} if p is not _ONE else _ONE
+            power = {monomial: _bounded(c ** n * factor)} if p is not _ONE else _ONE
         elif n > 40:
             raise _Inexact
         else:
             for _ in range(n):
-                power = _product(power, p, work)
+                power = _product(power, p)
         powers.append(power)
     return powers[0], powers[1]
 
 
-def _exact_root(value: Fraction, index: int, work: _Work) -> dict:
+def _exact_root(value: Fraction, index: int) -> dict:
     """A square root as a rational times a product of √p, or a root that comes out even.
 
     Real for odd indices.
     """
     top, bottom = abs(value.numerator), value.denominator
-    work.spend(20)
+    _spend(20)
     if not value:
         return {}
     if not 2 <= index <= 64:
@@ -1295,7 +1295,7 @@ def _exact_root(value: Fraction, index: int, work: _Work) -> dict:
                 rest //= p
                 primes.append(p)
             p += 1
-        work.spend(p // 8)
+        _spend(p // 8)
         root = math.isqrt(rest)
         if root * root == rest:
             outside *= root
@@ -1313,34 +1313,33 @@ def _exact_root(value: Fraction, index: int, work: _Work) -> dict:
     return {(): Fraction(-roots[0] if value < 0 else roots[0], roots[1])}
 
 
-def _exact_call(name: str, arguments: tuple, work: _Work) -> tuple[dict, dict]:
+def _exact_call(name: str, arguments: tuple) -> tuple[dict, dict]:
     if name == "exp":
-        return _exact(("^", "e", arguments[0]), work)
+        return _exact(("^", "e", arguments[0]))
     if name == "binom":                                             # n (n-1) ... (n-k+1) / k!
-        n, k = arguments[0], _rational(arguments[1], work)
+        n, k = arguments[0], _rational(arguments[1])
         if not isinstance(k, int) or not 0 <= k <= 1000:
             raise _Inexact
         if isinstance(n, int) and 0 <= n <= 1000:
-            return _exact(math.comb(n, k), work)
-        return _exact(("*", Fraction(1, math.factorial(k)), 1, *(("+", n, -j) for j in range(k))),
-                      work)
+            return _exact(math.comb(n, k))
+        return _exact(("*", Fraction(1, math.factorial(k)), 1, *(("+", n, -j) for j in range(k))))
     if name not in ("root", "abs", "floor", "ceil", "factorial", "min", "max", "gcd", "lcm"):
         raise _Inexact
-    values = [_rational(argument, work) for argument in arguments]
+    values = [_rational(argument) for argument in arguments]
     if name == "root":
         if not isinstance(values[1], int):
             raise _Inexact
-        return _exact_root(Fraction(values[0]), values[1], work), _ONE
+        return _exact_root(Fraction(values[0]), values[1]), _ONE
     if name in ("factorial", "gcd", "lcm"):
         limit = 1000 if name == "factorial" else 10 ** 50
         if not all(isinstance(value, int) and 0 <= value <= limit for value in values):
             raise _Undefined
-        work.spend(values[0] if name == "factorial" else 50 * len(values))
+        _spend(values[0] if name == "factorial" else 50 * len(values))
     if name in ("min", "max"):
-        return _exact(min(values) if name == "min" else max(values), work)
+        return _exact(min(values) if name == "min" else max(values))
     function = {"abs": abs, "floor": math.floor, "ceil": math.ceil, "factorial": math.factorial,
                 "gcd": math.gcd, "lcm": math.lcm}[name]
-    return _exact(function(*values), work)
+    return _exact(function(*values))
 
 
 # ------------------------------------------------------------------------------- numeric arithmetic
@@ -1376,12 +1375,12 @@ def _random_points() -> list[tuple[Decimal, ...]]:
 _POINTS = _random_points()
 
 
-def _value(node, point: dict, work: _Work) -> tuple[Decimal, Decimal]:
+def _value(node, point: dict) -> tuple[Decimal, Decimal]:
     """node as a complex number, its variables taken from `point`.
 
     Raises _Undefined or ArithmeticError.
     """
-    work.spend(2)
+    _spend(2)
     if isinstance(node, int):
         return Decimal(node), _0
     if isinstance(node, Fraction):
@@ -1394,21 +1393,21 @@ def _value(node, point: dict, work: _Work) -> tuple[Decimal, Decimal]:
         return {"pi": (+_PI, _0), "e": (_1.exp(), _0), "i": (_0, _1)}[node]
     kind = node[0]
     if kind == "call":
-        return _call(node[1], [_value(argument, point, work) for argument in node[2:]], work)
+        return _call(node[1], [_value(argument, point) for argument in node[2:]])
     if kind == "unit":
-        return _value(node[2], point, work)
+        return _value(node[2], point)
     if kind not in ("+", "*", "-", "/", "%", "^"):
         raise _Undefined
-    z = _value(node[1], point, work)
+    z = _value(node[1], point)
     if kind == "^":
         n = node[2]
         # (-8)^(2/3) = 4 is real
         if isinstance(n, Fraction) and n.denominator % 2 and not z[1] and z[0] < 0:
-            size = _pow((-z[0], _0), (Decimal(n.numerator) / n.denominator, _0), work)[0]
+            size = _pow((-z[0], _0), (Decimal(n.numerator) / n.denominator, _0))[0]
             return (-size if n.numerator % 2 else size), _0
-        return _pow(z, _value(n, point, work), work)
+        return _pow(z, _value(n, point))
     for part in node[2:]:
-        w = _value(part, point, work)
+        w = _value(part, point)
         z = _mul(z, w) if kind == "*" else (z[0] + w[0], z[1] + w[1])
     if kind == "/":
         return _div((_1, _0), z)
@@ -1428,11 +1427,11 @@ def _div(z, w):
     return (z[0] * w[0] + z[1] * w[1]) / size, (z[1] * w[0] - z[0] * w[1]) / size
 
 
-def _pow(z, w, work: _Work):
+def _pow(z, w):
     whole = not w[1] and w[0] == w[0].to_integral_value()
     if whole and not z[1]:
         return z[0] ** w[0], _0
-    work.spend(50)
+    _spend(50)
     if not w[1] and not z[1] and z[0] > 0:
         with decimal.localcontext() as context:
             context.prec += 10  # the exponent's error counts in full
@@ -1447,25 +1446,25 @@ def _pow(z, w, work: _Work):
         for _ in range(int(abs(w[0]))):
             out = _mul(out, z)
         return out if w[0] >= 0 else _div((_1, _0), out)
-    return _exp(_mul(w, _ln(z, work)), work)
+    return _exp(_mul(w, _ln(z)))
 
 
-def _exp(z, work: _Work):
-    work.spend(15)
+def _exp(z):
+    _spend(15)
     size = z[0].exp()
     if not z[1]:
         return size, _0
-    sine, cosine = _sine_cosine(z[1], work)
+    sine, cosine = _sine_cosine(z[1])
     return size * cosine, size * sine
 
 
-def _ln(z, work: _Work):
-    work.spend(20)
+def _ln(z):
+    _spend(20)
     if not z[1]:
         if not z[0]:
             raise _Undefined
         return abs(z[0]).ln(), (+_PI if z[0] < 0 else _0)
-    return (z[0] * z[0] + z[1] * z[1]).ln() / 2, _atan2(z[1], z[0], work)
+    return (z[0] * z[0] + z[1] * z[1]).ln() / 2, _atan2(z[1], z[0])
 
 
 def _sqrt(z):
@@ -1476,9 +1475,9 @@ def _sqrt(z):
     return ((size + z[0]) / 2).sqrt(), (imaginary if z[1] > 0 else -imaginary)
 
 
-def _sine_cosine(x: Decimal, work: _Work) -> tuple[Decimal, Decimal]:
+def _sine_cosine(x: Decimal) -> tuple[Decimal, Decimal]:
     """Taylor series after reduction to [-pi, pi]."""
-    work.spend(40)
+    _spend(40)
     if abs(x) > 10 ** 6:  # would need more digits of pi than we carry
         raise _Undefined
     with decimal.localcontext() as context:
@@ -1492,18 +1491,18 @@ def _sine_cosine(x: Decimal, work: _Work) -> tuple[Decimal, Decimal]:
     return +sums[1], +sums[0]
 
 
-def _atan2(y: Decimal, x: Decimal, work: _Work) -> Decimal:
+def _atan2(y: Decimal, x: Decimal) -> Decimal:
     """The angle of the point (x, y).
 
     Halved until its tangent is small, then the series of the arcus tangent.
     """
-    work.spend(60)
+    _spend(60)
     if not x and not y:
         raise _Undefined
     with decimal.localcontext() as context:
         context.prec += 10
         if x < 0:  # turn by half a circle: more accurate there
-            turned = _atan2(-y, -x, work) if y else _0
+            turned = _atan2(-y, -x) if y else _0
             return turned + (_PI if y >= 0 else -_PI)
         t, doublings = y / ((x * x + y * y).sqrt() + x), 1          # the tangent of half the angle
         while abs(t) > Decimal("0.1"):
@@ -1516,31 +1515,31 @@ def _atan2(y: Decimal, x: Decimal, work: _Work) -> Decimal:
         return total * 2 ** doublings
 
 
-def _call(name: str, arguments: list, work: _Work):
+def _call(name: str, arguments: list):
     """A function of complex arguments; all but roots, logarithms, exp and abs want them real."""
     z = arguments[0]
-    work.spend(10)
+    _spend(10)
     if name == "abs":
         return (abs(z[0]) if not z[1] else (z[0] * z[0] + z[1] * z[1]).sqrt()), _0
     if name == "exp":
-        return _exp(z, work)
+        return _exp(z)
     if name == "ln":
-        return _ln(z, work)
+        return _ln(z)
     if name == "log":
-        return _div(_ln(z, work), _ln(arguments[1], work))
+        return _div(_ln(z), _ln(arguments[1]))
     if name == "root":
         index = arguments[1]
         if index == (2, 0):
             return _sqrt(z)
         if index[0] % 2 and not index[1] and not z[1] and z[0] < 0:  # odd roots are real
-            z = _pow((-z[0], _0), (1 / index[0], _0), work)
+            z = _pow((-z[0], _0), (1 / index[0], _0))
             return -z[0], _0
-        return _pow(z, _div((_1, _0), index), work)
+        return _pow(z, _div((_1, _0), index))
     if any(argument[1] for argument in arguments):
         raise _Undefined
     x, y = z[0], arguments[-1][0]
     if name in _ANGLES:
-        sine, cosine = _sine_cosine(x, work)
+        sine, cosine = _sine_cosine(x)
         top, bottom = {"sin": (sine, _1), "cos": (cosine, _1), "tan": (sine, cosine),
                        "cot": (cosine, sine), "sec": (_1, cosine), "csc": (_1, sine)}[name]
         return top / bottom, _0
@@ -1550,10 +1549,10 @@ def _call(name: str, arguments: list, work: _Work):
                        "tanh": (up - down, up + down)}[name]
         return top / bottom, _0
     if name == "arctan":
-        return _atan2(x, _1, work), _0
+        return _atan2(x, _1), _0
     if name in ("arcsin", "arccos") and abs(x) <= 1:
         other = (1 - x * x).sqrt()
-        return _atan2(*((x, other) if name == "arcsin" else (other, x)), work), _0
+        return _atan2(*((x, other) if name == "arcsin" else (other, x))), _0
     if name in ("floor", "ceil"):
         return x.to_integral_value(
             decimal.ROUND_FLOOR if name == "floor" else decimal.ROUND_CEILING), _0
@@ -1566,22 +1565,22 @@ def _call(name: str, arguments: list, work: _Work):
     raise _Undefined
 
 
-def _try_value(node, point: dict, context: decimal.Context, work: _Work):
+def _try_value(node, point: dict, context: decimal.Context):
     """The value in the context's precision, or None where it is undefined."""
     try:
         with decimal.localcontext(context):
-            return _value(node, point, work)
+            return _value(node, point)
     except (_Undefined, ArithmeticError):
         return None
 
 
-def _agree(a, b, point: dict, work: _Work) -> bool | None:
+def _agree(a, b, point: dict) -> bool | None:
     """Are two nodes equal at a point, judged in two precisions? None where one is undefined.
 
     No tolerance says how small a difference may be: a true zero shrinks with the rounding error
     when the precision doubles, any other difference stays.
     """
-    low_a, low_b = _try_value(a, point, _LOW, work), _try_value(b, point, _LOW, work)
+    low_a, low_b = _try_value(a, point, _LOW), _try_value(b, point, _LOW)
     if low_a is None or low_b is None:
         return None
     with decimal.localcontext(_HIGH) as context:
@@ -1589,7 +1588,7 @@ def _agree(a, b, point: dict, work: _Work) -> bool | None:
         low_gap = max(abs(low_a[0] - low_b[0]), abs(low_a[1] - low_b[1]))
         if low_gap > Decimal("1e-12") and low_gap > Decimal("1e-12") * max(map(abs, low_a + low_b)):
             return False  # far more than rounding: no need to look closer
-    high_a, high_b = _try_value(a, point, _HIGH, work), _try_value(b, point, _HIGH, work)
+    high_a, high_b = _try_value(a, point, _HIGH), _try_value(b, point, _HIGH)
     if high_a is None or high_b is None:
         return None
     with decimal.localcontext(_HIGH) as context:
@@ -1601,19 +1600,19 @@ def _agree(a, b, point: dict, work: _Work) -> bool | None:
 
 # --------------------------------------------------------------------------------------- comparison
 
-def _same_value(a, b, work: _Work) -> bool:
+def _same_value(a, b) -> bool:
     """Are two values equal?
 
     Exactly if both have an exact form, else at random points in two precisions.
     """
     if a == b:
         return True
-    work.spend(5)
+    _spend(5)
     try:
-        (top_a, bottom_a), (top_b, bottom_b) = _exact(a, work), _exact(b, work)
+        (top_a, bottom_a), (top_b, bottom_b) = _exact(a), _exact(b)
         if bottom_a == bottom_b:
             return top_a == top_b
-        return _product(top_a, bottom_b, work) == _product(top_b, bottom_a, work)
+        return _product(top_a, bottom_b) == _product(top_b, bottom_a)
     except _Undefined:
         return False
     except _TooLarge:
@@ -1624,7 +1623,7 @@ def _same_value(a, b, work: _Work) -> bool:
     names = sorted(_names(a, _names(b, set())))
     agreements = 0
     for values in _POINTS if names else [()]:
-        agree = _agree(a, b, dict(zip(names, values)), work) if len(names) <= len(values) else False
+        agree = _agree(a, b, dict(zip(names, values))) if len(names) <= len(values) else False
         if agree is False:
             return False
         agreements += bool(agree)
@@ -1633,31 +1632,31 @@ def _same_value(a, b, work: _Work) -> bool:
     return agreements >= (3 if names else 1)
 
 
-def _same(a, b, work: _Work) -> bool:
+def _same(a, b) -> bool:
     """Are two parsed answers equal? Raises _Undefined when the work is used up."""
     if a == b:
         return True
-    work.spend(2)
+    _spend(2)
     unit_a, a = a[1:] if isinstance(a, tuple) and a[0] == "unit" else ("", a)
     unit_b, b = b[1:] if isinstance(b, tuple) and b[0] == "unit" else ("", b)
     if unit_a and unit_b and unit_a != unit_b:                                          # P3
         return False
     kind_a, kind_b = _kind(a), _kind(b)
     if "rel" in (kind_a, kind_b) and (kind_a != kind_b or a[1][0] != b[1][0]):
-        named_a, named_b = _after_name(a, work), _after_name(b, work)
+        named_a, named_b = _after_name(a), _after_name(b)
         if (named_a is None) != (named_b is None):                                      # P7
-            return _same(a if named_a is None else named_a, b if named_b is None else named_b, work)
+            return _same(a if named_a is None else named_a, b if named_b is None else named_b)
     kinds = {kind_a, kind_b}
     if kinds == {"value"}:
         bare_a, bare_b = (x[1] if isinstance(x, tuple) and x[0] == "%" else None for x in (a, b))
         if (bare_a is None) != (bare_b is None) and _same_value(                        # P5
-                a if bare_a is None else bare_a, b if bare_b is None else bare_b, work):
+                a if bare_a is None else bare_a, b if bare_b is None else bare_b):
             return True
-        return _same_value(a, b, work)
+        return _same_value(a, b)
     if _is_region(a) or _is_region(b):                                                  # P10
         if kinds == {"rel"} and _names(a, set()) != _names(b, set()):
             return False
-        region_a, region_b = _region(a, work), _region(b, work)
+        region_a, region_b = _region(a), _region(b)
         if region_a is not None and region_b is not None:
             return len(region_a) == len(region_b) and all(
                 x[1] == y[1] and x[3] == y[3]
@@ -1665,54 +1664,54 @@ def _same(a, b, work: _Work) -> bool:
                 for x, y in zip(region_a, region_b))
     if "seq" in kinds and "matrix" in kinds:  # a column vector as a tuple
         a, b = (a, b) if kind_b == "seq" else (b, a)
-        return a[1] == 1 and b[1] == "()" and _same_parts(a, b, work)
+        return a[1] == 1 and b[1] == "()" and _same_parts(a, b)
     if "seq" in kinds and "list" in kinds:
         a, b = (a, b) if kind_b == "seq" else (b, a)
-        if all(_same(x, b, work) for x in a[1:]):  # (1,2) or (2/2,2)
+        if all(_same(x, b) for x in a[1:]):  # (1,2) or (2/2,2)
             return True
-        values = [_after_name(x, work) for x in a[1:]]
+        values = [_after_name(x) for x in a[1:]]
         # m = 3, b = 1
-        return None not in values and b[1] == "()" and _same_parts(("list", *values), b, work)
+        return None not in values and b[1] == "()" and _same_parts(("list", *values), b)
     if kinds & {"list", "set", "all"} and not kinds & {"seq", "matrix"}:
         items_a, items_b = (x[1:] if k in ("list", "set", "all") else (x,)
                             for x, k in ((a, kind_a), (b, kind_b)))
-        return _same_items(items_a, items_b, "set" in kinds or "value" in kinds, work)
+        return _same_items(items_a, items_b, "set" in kinds or "value" in kinds)
     if "ratio" in kinds and kinds <= {"ratio", "value"}:  # 3:4 is 6:8 and 3/4
         x, y = (n[1:] if k == "ratio" else (n, 1) for n, k in ((a, kind_a), (b, kind_b)))
         return len(x) == len(y) and all(
-            _same_value(("*", x[k], y[k + 1]), ("*", x[k + 1], y[k]), work)
+            _same_value(("*", x[k], y[k + 1]), ("*", x[k + 1], y[k]))
             for k in range(len(x) - 1))
     if kinds == {"based", "value"}:                                                     # P13
         based, value = (a, b) if kind_a == "based" else (b, a)
         return isinstance(value, int) and based[1] == str(value)
     if kinds == {"rel"}:
-        return _same_relation(a, b, work)
+        return _same_relation(a, b)
     if kinds in ({"seq"}, {"matrix"}):
-        return a[1] == b[1] and _same_parts(a, b, work)
+        return a[1] == b[1] and _same_parts(a, b)
     return False
 
 
-def _same_parts(a: tuple, b: tuple, work: _Work) -> bool:
+def _same_parts(a: tuple, b: tuple) -> bool:
     a, b = _parts(a), _parts(b)
-    return len(a) == len(b) and all(_same(x, y, work) for x, y in zip(a, b))
+    return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
 
 
-def _same_items(xs: tuple, ys: tuple, repetition: bool, work: _Work) -> bool:
+def _same_items(xs: tuple, ys: tuple, repetition: bool) -> bool:
     """Equal in any order (P6). repetition: may an item occur more often on one side?"""
     if repetition:
-        return (all(any(_same(x, y, work) for y in ys) for x in xs)
-                and all(any(_same(x, y, work) for x in xs) for y in ys))
+        return (all(any(_same(x, y) for y in ys) for x in xs)
+                and all(any(_same(x, y) for x in xs) for y in ys))
     rest = list(ys)
     for x in xs:
         match = rest.index(x) if x in rest else next(
-            (k for k, y in enumerate(rest) if _same(x, y, work)), None)
+            (k for k, y in enumerate(rest) if _same(x, y)), None)
         if match is None:
             return False
         del rest[match]
     return not rest
 
 
-def _after_name(node, work: _Work):
+def _after_name(node):
     """What stands after a name (P7): 5 of x = 5, f(x) = 5 and x = 2 + 3 = 5; S of x in S.
 
     None without a name.
@@ -1722,7 +1721,7 @@ def _after_name(node, work: _Work):
     terms = node[2:]
     if len(terms) == 2 and _is_name(terms[1]) and not _is_name(terms[0]):
         return terms[0]
-    if not _is_name(terms[0]) or not all(_same(x, terms[-1], work) for x in terms[1:-1]):
+    if not _is_name(terms[0]) or not all(_same(x, terms[-1]) for x in terms[1:-1]):
         return None
     return terms[-1]
 
@@ -1737,13 +1736,13 @@ def _is_name(node) -> bool:
             isinstance(x, str) and len(x) == 1 and x.isupper() for x in node[1:])))
 
 
-def _same_relation(a: tuple, b: tuple, work: _Work) -> bool:
+def _same_relation(a: tuple, b: tuple) -> bool:
     """Equal term by term, or one equation or inequality a constant multiple of the other (P11)."""
     a, b = (("rel", tuple(_FLIPPED[sign] for sign in r[1][::-1]), *r[:1:-1])
             if r[1][0] in (">", ">=") else r for r in (a, b))
     if a[1] != b[1]:
         return False
-    if _same_parts(a, b, work):
+    if _same_parts(a, b):
         return True
     if len(a[1]) > 1 or a[1] == ("in",) or any(_kind(x) != "value" for x in a[2:] + b[2:]):
         return False
@@ -1753,10 +1752,10 @@ def _same_relation(a: tuple, b: tuple, work: _Work) -> bool:
     # is zero.
     f_p, g_p = (_at(node, {name: Fraction(7 + 4 * k, 5) for k, name in enumerate(names)})
                 for node in (f, g))
-    if not names or _same_value(f_p, 0, work) or _same_value(g_p, 0, work) or not _same_value(
-            ("*", f, g_p), ("*", g, f_p), work):
+    if not names or _same_value(f_p, 0) or _same_value(g_p, 0) or not _same_value(
+            ("*", f, g_p), ("*", g, f_p)):
         return False
-    ratio = _try_value(("*", f_p, ("/", g_p)), {}, _LOW, work)
+    ratio = _try_value(("*", f_p, ("/", g_p)), {}, _LOW)
     return ratio is not None and (ratio[0] > 0 or a[1][0] in ("=", "!="))
 
 
@@ -1784,26 +1783,26 @@ def _is_region(node) -> bool:
             or (kind == "list" and all(map(_is_region, node[1:]))))
 
 
-def _region(node, work: _Work) -> list | None:
+def _region(node) -> list | None:
     """The region that an answer describes, or None."""
     kind = _kind(node)
     if node == "ℝ":
         return [(-_INFINITE, False, _INFINITE, False)]
     if kind == "seq" and len(node) == 4:
-        low, high = _end(node[2], work), _end(node[3], work)
+        low, high = _end(node[2]), _end(node[3])
         if low is None or high is None or low > high:
             return None
         return [(low, node[1][0] == "[", high, node[1][1] == "]")]
     if kind == "set":
-        ends = [_end(x, work) for x in node[1:]]
+        ends = [_end(x) for x in node[1:]]
         return None if None in ends else _merged([(end, True, end, True) for end in ends])
     if kind == "rel":
-        parts = [_half_line(*step, work) for step in zip(node[2:], node[1], node[3:])]
+        parts = [_half_line(*step) for step in zip(node[2:], node[1], node[3:])]
     elif kind == "value":
-        end = _end(node, work)
+        end = _end(node)
         return None if end is None else [(end, True, end, True)]
     elif kind in ("list", "all", "union", "minus"):
-        parts = [_region(part, work) for part in node[1:]]
+        parts = [_region(part) for part in node[1:]]
     else:
         return None
     if None in parts:
@@ -1815,7 +1814,7 @@ def _region(node, work: _Work) -> list | None:
     return _complement(_merged(sum(map(_complement, parts), [])))  # the intersection
 
 
-def _half_line(left, sign: str, right, work: _Work) -> list | None:
+def _half_line(left, sign: str, right) -> list | None:
     """Solve an inequality for its one variable if it is linear.
 
     f(x) = a x + b exactly if four points say so.
@@ -1827,10 +1826,10 @@ def _half_line(left, sign: str, right, work: _Work) -> list | None:
     name = names.pop()
     f_0, f_1, f_2, f_3 = (_at(f, {name: x}) for x in (0, 1, 2, Fraction(-13, 7)))
     slope = ("+", f_1, ("-", f_0))
-    if not _same_value(("+", f_2, ("-", f_1)), slope, work) or not _same_value(
-            ("+", f_3, ("-", f_0)), ("*", Fraction(-13, 7), slope), work):
+    if not _same_value(("+", f_2, ("-", f_1)), slope) or not _same_value(
+            ("+", f_3, ("-", f_0)), ("*", Fraction(-13, 7), slope)):
         return None
-    bound, rise = _end(("*", ("-", f_0), ("/", slope)), work), _end(slope, work)
+    bound, rise = _end(("*", ("-", f_0), ("/", slope))), _end(slope)
     if bound is None or not rise:
         return None
     sign = sign if rise > 0 else _FLIPPED[sign]
@@ -1840,12 +1839,12 @@ def _half_line(left, sign: str, right, work: _Work) -> list | None:
     return [below, above] if sign == "!=" else [below] if sign in ("<", "<=") else [above]
 
 
-def _end(node, work: _Work) -> Decimal | None:
+def _end(node) -> Decimal | None:
     if node in ("∞", ("-", "∞")):
         return _INFINITE if node == "∞" else -_INFINITE
     if _names(node, set()) or _kind(node) != "value":
         return None
-    value = _try_value(node, {}, _HIGH, work)
+    value = _try_value(node, {}, _HIGH)
     return value[0] if value and not value[1] else None
 
 

@@ -273,10 +273,7 @@ def is_number(answer: str) -> bool:
 # ---- training data ----
 
 
-def training_problems(
-    data: str, tokenizer, folder: Path, *,
-    max_prompt_tokens: int, max_new_tokens: int, hold_out: bool, at_least: int,
-) -> tuple[list[Problem], list[Problem]]:
+def training_problems(args, tokenizer, folder: Path) -> tuple[list[Problem], list[Problem]]:
     """(the problems to train on, the problems held out for --eval-every).
 
     Prompts longer than --max-prompt-tokens, or than the positions of the model in `folder` leave
@@ -284,11 +281,11 @@ def training_problems(
     its own test set. Elsewhere a tenth (at most HELD_OUT) is held out, chosen by the data alone.
     """
     problems, held_out = [], []
-    for name in data.split(","):
+    for name in args.data.split(","):
         problems += load_problems(name)
-    if hold_out and data == "tiny":
+    if args.eval_every and args.data == "tiny":
         held_out = load_problems("tiny-test")
-    elif hold_out:
+    elif args.eval_every:
         count = min(HELD_OUT, len(problems) // 10)
         if count == 0:
             raise ValueError("--eval-every holds out a tenth of the data, but there are only "
@@ -298,9 +295,9 @@ def training_problems(
         problems = [problems[i] for i in sorted(order[count:])]
 
     positions = read_json(folder / "config.json")["max_position_embeddings"]
-    limit = min(max_prompt_tokens, positions - max_new_tokens)
+    limit = min(args.max_prompt_tokens, positions - args.max_new_tokens)
     if limit < 1:
-        raise ValueError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: "
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt: "
                          f"{folder} has {positions} positions")
 
     def short_enough(candidates: list[Problem], what: str) -> list[Problem]:
@@ -309,9 +306,9 @@ def training_problems(
         skipped = len(candidates) - len(kept)
         if candidates and not kept:
             raise ValueError(
-                f"all {skipped} {what} are longer than --max-prompt-tokens {max_prompt_tokens}, or "
-                f"leave no room for an answer within {positions} positions (the shortest has "
-                f"{min(lengths)} tokens)")
+                f"all {skipped} {what} are longer than --max-prompt-tokens "
+                f"{args.max_prompt_tokens}, or leave no room for an answer within {positions} "
+                f"positions (the shortest has {min(lengths)} tokens)")
         if skipped:
             which = f"{skipped} of {len(candidates)} {what}"
             print(f"note: {which} are longer than {limit} tokens and are skipped", file=sys.stderr)
@@ -319,9 +316,9 @@ def training_problems(
 
     problems = short_enough(problems, "prompts")
     held_out = short_enough(held_out, "held-out prompts")
-    if len(problems) < at_least:
-        count = f"the {len(problems)} problems of {data}"
-        raise ValueError(f"--prompts-per-step {at_least} is more than {count}")
+    if len(problems) < args.prompts_per_step:
+        raise ValueError(f"--prompts-per-step {args.prompts_per_step} is more than the "
+                         f"{len(problems)} problems of {args.data}")
     return problems, held_out
 
 

@@ -209,24 +209,25 @@ def note(answers: list[Answer], **columns) -> None:
             setattr(answer, name, value)
 
 
-def sample(model: GPT, tokenizer, problems: list[Problem], *, samples: int, max_new_tokens: int,
-           temperature: float, seed: int, slots: int | None = None) -> list[Answer]:
-    """`samples` answers to each problem, adjacent, by all processes together; all get all of them.
+def sample(model: GPT, tokenizer, problems: list[Problem], args, seed: int) -> list[Answer]:
+    """--samples answers to each problem, adjacent, by all processes together; all get all of them.
 
     The different prompts are dealt to the processes round robin, sorted by length.
     """
+    n = args.samples
     prompts = [encode_prompt(tokenizer, problem.question) for problem in problems]
     rank, world = processes()
     different = sorted(set(map(tuple, prompts)), key=lambda prompt: (len(prompt), prompt))
     dealt = set(different[rank::world])
     mine = [i for i, prompt in enumerate(prompts) if tuple(prompt) in dealt]
-    drawn = generate(model, [prompts[i] for i in mine], n=samples, max_new_tokens=max_new_tokens,
-                     stop=tokenizer.stop_ids, temperature=temperature, seed=seed, slots=slots)
+    drawn = generate(model, [prompts[i] for i in mine], n=n, max_new_tokens=args.max_new_tokens,
+                     stop=tokenizer.stop_ids, temperature=args.temperature, seed=seed,
+                     slots=args.slots)
     # Tokens and log-probs, with the length and `finished` behind them. float64 holds them exactly,
     # and adding the other processes' zeros changes nothing.
-    table = torch.zeros(len(prompts), samples, 2, max_new_tokens + 1, dtype=torch.float64)
+    table = torch.zeros(len(prompts), n, 2, args.max_new_tokens + 1, dtype=torch.float64)
     for k, r in enumerate(drawn):
-        row = table[mine[k // samples], k % samples]
+        row = table[mine[k // n], k % n]
         row[:, :len(r.tokens)] = torch.tensor([r.tokens, r.logprobs], dtype=torch.float64)
         row[:, -1] = torch.tensor([len(r.tokens), r.finished])
     if world > 1:
@@ -236,7 +237,7 @@ def sample(model: GPT, tokenizer, problems: list[Problem], *, samples: int, max_
         length, finished = int(tokens[-1]), bool(logprobs[-1])
         ids = tokens[:length].long().tolist()
         text = tokenizer.decode(ids[:-1] if finished else ids)
-        answers.append(Answer(problems[k // samples], prompts[k // samples], ids, finished,
+        answers.append(Answer(problems[k // n], prompts[k // n], ids, finished,
                               logprobs[:length].float(), text))
     return answers
 

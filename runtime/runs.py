@@ -74,6 +74,7 @@ def describe(answers: list[Answer], means: Means, args) -> dict:
     mismatch = torch.cat([a.logprobs - a.with_question for a in answers]).abs()  # (tokens,)
     statuses = [a.verdict.status for a in answers]
     sums, mean, largest = means.gather()
+    optimizer_steps = args.epochs * args.prompts_per_step // args.minibatch
     metrics = {
         "reward": reward.mean(), "accuracy": right.mean(),
         "r_sa_mean": r_sa.mean(), "r_sa_std": r_sa.std(),
@@ -82,12 +83,15 @@ def describe(answers: list[Answer], means: Means, args) -> dict:
         "length_mean": lengths.mean(), "length_p50": lengths.quantile(0.5),
         "length_p95": lengths.quantile(0.95), "length_max": lengths.max(),
         "unfinished": sum(not a.finished for a in answers) / len(answers),
-        "loss": sums["loss"] / (args.epochs * args.prompts_per_step // args.minibatch),
+        "loss": sums["loss"] / optimizer_steps,
         "kl": mean["kl"] if args.kl_coef else None, "entropy": mean["entropy"],
         "clip_fraction": mean["clipped"], "ratio_max": math.exp(largest["drift"]),
         "mismatch_mean": mismatch.mean(), "mismatch_max": mismatch.max(),
         "grad_norm": largest["grad_norm"], "lr": args.lr, "tokens": int(lengths.sum()),
         "peak_memory_gb": largest["peak_memory"]}
+    if "value_loss" in sums:
+        metrics["value_loss"] = sums["value_loss"] / optimizer_steps
+        metrics["critic_grad_norm"] = largest["critic_grad_norm"]
     for status in STATUSES:
         metrics[f"share_{status}"] = statuses.count(status) / len(answers)
     return metrics

@@ -5,6 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_figures_by_hand():
     assert "pass@4" not in result and list(result)[-1] == "pass@3"
     nothing = evaluate.summarise([row(7, "error", "no_answer")])
     assert nothing["errors"] == 1 and nothing["unparsed"] == 1
-    assert nothing["length_correct"] is None and nothing["length_wrong"] is None
+    assert math.isnan(nothing["length_correct"]) and math.isnan(nothing["length_wrong"])
 
 
 # ---- tables ----
@@ -116,9 +117,10 @@ def test_table_by_hand():
     table = evaluate.comparison_table(*groups)
     head, *rows = cells_of(table)
     assert head == ["model", "problems", "accuracy", "by last number",
-                    "tokens: mean / median / p95", "unfinished", "unparsed", "AES", "pass@2"]
+                    "tokens: mean / median / p95", "if right / wrong", "unfinished", "unparsed",
+                    "AES", "pass@2"]
     assert rows[0] == ["base", "2", "25.0% [2.7%, 80.2%]", "50.0% [9.5%, 90.5%]",
-                       "27.5 / 30 / 38", "25.0%", "25.0%", "", "50.0%"]
+                       "27.5 / 30 / 38", "10.0 / 30.0", "25.0%", "25.0%", "", "50.0%"]
     assert [r[:1] + r[-2:] for r in rows[1:]] == [
         ["new", "+10.45", "100.0%"],  # 5 * 0.5 / 0.25 + (27.5 - 15) / 27.5
         ["base", "", "0.0%"],
@@ -130,19 +132,23 @@ def test_table_by_hand():
 # ---- answers ----
 
 
+def how(samples=1, temperature=0.0):
+    return SimpleNamespace(samples=samples, temperature=temperature, max_new_tokens=40, seed=7,
+                           slots=None, verifier="strict")
+
+
 def test_answers_do_not_depend_on_their_neighbours(model, tokenizer):
     problems = [Problem(QUESTION.replace("3", str(k)), str(k + 5)) for k in (3, 9, 20)]
     first, second, third = problems
 
     def sampled(*asked):
-        return evaluate.answer(model, tokenizer, list(asked), max_new_tokens=40, samples=3,
-                               temperature=1.0, seed=7)
+        return evaluate.answer(model, tokenizer, list(asked), how(samples=3, temperature=1.0))
 
     together = sampled(first, second, first, third)
     assert together[:3] == together[6:9] and together[0] != together[1]  # a question asked twice
     assert together == sampled(first, second) + sampled(first, third)
-    greedy = evaluate.evaluate(model, tokenizer, problems, max_new_tokens=40)
-    rows = evaluate.answer(model, tokenizer, problems, max_new_tokens=40)
+    greedy = evaluate.evaluate(model, tokenizer, problems, how(samples=3, temperature=1.0))
+    rows = evaluate.answer(model, tokenizer, problems, how())
     assert greedy == evaluate.summarise(rows) and greedy["problems"] == 3
 
 
@@ -150,11 +156,11 @@ def test_both_verdicts_of_an_answer(monkeypatch):
     """The texts are made up: the rules and the paper's rule disagree on both of them."""
     texts = iter(("The answer is 8. I checked it 2 times.", "Maybe 7 or 8"))
 
-    def sample(model, tokenizer, problems, **how):
+    def sample(model, tokenizer, problems, args, seed):
         return [parallel.Answer(p, [], [5], True, torch.zeros(1), next(texts)) for p in problems]
 
     monkeypatch.setattr(parallel, "sample", sample)
-    rows = evaluate.answer(None, None, [Problem("a", "8"), Problem("b", "8")], max_new_tokens=9)
+    rows = evaluate.answer(None, None, [Problem("a", "8"), Problem("b", "8")], how())
     keys = ("question", "reference", "answer", "status", "last_number", "last_number_status")
     assert [tuple(map(r.get, keys)) for r in rows] == [
         ("a", "8", "8", "correct", "2", "wrong"), ("b", "8", None, "no_answer", "8", "correct")]
@@ -206,7 +212,7 @@ def test_the_other_model_is_what_aes_compares_with(folder, monkeypatch):
     answers = iter([[row(40, "correct", "correct"), wrong], [right, right], [wrong, wrong],
                     [wrong, wrong]])
 
-    def answer(model, tokenizer, problems, **how):
+    def answer(model, tokenizer, problems, args):
         return [{"question": p.question, **r} for p, r in zip(problems, next(answers))]
 
     monkeypatch.setattr(evaluate, "answer", answer)
@@ -264,6 +270,10 @@ def test_refusals(folder, tmp_path):
     evaluate.main(short)
     with pytest.raises(ValueError, match="other settings .seed was 0, now 1.*another --name"):
         evaluate.main([*short, "--seed", "1"])
+    (folder / "trained").mkdir()
+    (folder / "trained/config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a training run"):
+        evaluate.main(["--limit", "2", "--name", "trained"])
     with pytest.raises(ValueError, match="other settings .data was tiny, now tiny-train"):
         evaluate.main([*short, "--data", "tiny-train"])
     lines = (folder / "mine/tiny.jsonl").read_text().splitlines(keepends=True)

@@ -12,6 +12,7 @@ import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import TINY
@@ -479,8 +480,9 @@ def test_prontoqa_answers_become_true_and_false(publish):
 
 
 def training(tokenizer, data: str, **changes):
-    settings = dict(max_prompt_tokens=128, max_new_tokens=256, hold_out=True, at_least=4) | changes
-    return training_problems(data, tokenizer, TINY, **settings)
+    settings = dict(data=data, max_prompt_tokens=128, max_new_tokens=256, eval_every=1,
+                    prompts_per_step=4)
+    return training_problems(SimpleNamespace(**settings | changes), tokenizer, TINY)
 
 
 def test_the_embedded_data_has_its_own_test_set(tokenizer):
@@ -497,7 +499,7 @@ def test_a_tenth_is_held_out_chosen_by_the_data_alone(tokenizer, place, monkeypa
     kept, held_out = training(tokenizer, ",".join(paths))
     assert held_out == [both[shuffled(10, "held out")[0]]] == [both[FIRST_HELD_OUT]]
     assert kept == [p for p in both if p not in held_out]  # in the files' order
-    assert training(tokenizer, ",".join(paths), hold_out=False) == (both, [])
+    assert training(tokenizer, ",".join(paths), eval_every=0) == (both, [])
     monkeypatch.setattr(problems, "HELD_OUT", 0)
     with pytest.raises(ValueError, match="holds out a tenth"):
         training(tokenizer, ",".join(paths))
@@ -524,7 +526,7 @@ def test_long_prompts_are_skipped_and_counted_never_cut(tokenizer, place, capsys
     (dict(max_prompt_tokens=2), r"all 9 prompts are longer than --max-prompt-tokens 2.*has \d+"),
     (dict(max_new_tokens=1022), r"all 9 prompts .* within 1024 positions"),
     (dict(max_new_tokens=1024), r"--max-new-tokens 1024 leaves no room .* 1024 positions"),
-    (dict(at_least=10), r"--prompts-per-step 10 is more than the 9 problems of"),
+    (dict(prompts_per_step=10), r"--prompts-per-step 10 is more than the 9 problems of"),
 ])
 def test_data_that_cannot_be_trained_on(tokenizer, place, changes, says):
     path = jsonl(place / "a.jsonl", *[{"question": "Tom has a cup.", "answer": 1}] * 10)

@@ -25,8 +25,9 @@ from data.prompts import INSTRUCTION, encode_prompt
 from data.tokenizer import Tokenizer
 
 # The frames in templates of our own wording. The first two write newlines as escapes.
-CHATML = (r"{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-          r"{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = (r"{% for m in messages %}"
+          r"{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+          r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 TEMPLATES = {
     "chatml": CHATML,
     "chatml-default": r"{% if messages[0].role != 'system' %}"
@@ -92,23 +93,23 @@ def read(folder: Path, frame: str) -> Tokenizer:
     return Tokenizer.from_pretrained(make(folder, frame))
 
 
-def test_chatml_by_hand(tmp_path):
-    for frame, first in (("chatml", None), ("chatml-default", "You are Test.")):
-        t = read(tmp_path / frame, frame)
-        start, end = t.special["<|im_start|>"], t.special["<|im_end|>"]
+@pytest.mark.parametrize("frame, first", [("chatml", ""), ("chatml-default", "You are Test.")])
+def test_chatml_by_hand(tmp_path, frame, first):
+    t = read(tmp_path, frame)
+    start, end = t.special["<|im_start|>"], t.special["<|im_end|>"]
 
-        def turn(text: str) -> list[int]:
-            return [start, *t.encode(text), end, *t.encode("\n")]
+    def turn(text: str) -> list[int]:
+        return [start, *t.encode(text), end, *t.encode("\n")]
 
-        answer = [start, *t.encode("assistant\n")]
-        default = turn(f"system\n{first}") if first else []
-        asked = turn(f"user\nhat?\n{INSTRUCTION}")
-        assert encode_prompt(t, "hat?") == default + asked + answer
-        assert encode_prompt(t, "hat?", instruction=False) == default + turn("user\nhat?") + answer
-        assert encode_prompt(t, "", instruction=False) == default + turn("user\n") + answer
-        assert encode_prompt(t, "") == default + turn(f"user\n\n{INSTRUCTION}") + answer
-        assert encode_prompt(t, "hat?", system="Be.") == turn("system\nBe.") + asked + answer
-        assert encode_prompt(t, "hat?", system="") == turn("system\n") + asked + answer
+    answer = [start, *t.encode("assistant\n")]
+    default = turn(f"system\n{first}") if first else []
+    asked = turn(f"user\nhat?\n{INSTRUCTION}")
+    assert encode_prompt(t, "hat?") == default + asked + answer
+    assert encode_prompt(t, "hat?", instruction=False) == default + turn("user\nhat?") + answer
+    assert encode_prompt(t, "", instruction=False) == default + turn("user\n") + answer
+    assert encode_prompt(t, "") == default + turn(f"user\n\n{INSTRUCTION}") + answer
+    assert encode_prompt(t, "hat?", system="Be.") == turn("system\nBe.") + asked + answer
+    assert encode_prompt(t, "hat?", system="") == turn("system\n") + asked + answer
 
 
 def test_gemma_phi_and_llama_by_hand(tmp_path):
