@@ -131,7 +131,7 @@ def comparison_table(*groups: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n\n[95 % Wilson intervals]"
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None):
     parser = settings.Parser(__doc__)
     flag, positive = parser.add_argument, settings.positive_int
     flag("--model", type=settings.model_name, default="tiny", help="see train_sa_grpo.py --help")
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     problems, skipped, longest = load_benchmarks(args, list(tokenizers.values()), room)
     run = open_run(args, folders)
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    tables = {benchmark: {} for benchmark in problems}  # {benchmark: {name in the table: figures}}
+    tables, results = {benchmark: {} for benchmark in problems}, {}  # figures, by benchmark
     for prefix, folder in folders.items():
         model = None  # one in memory at a time
         for benchmark, found in problems.items():
@@ -176,17 +176,14 @@ def main(argv: list[str] | None = None) -> None:
             result = {"model": names[prefix], "skipped": skipped[benchmark]}
             result |= summarise(rows, args.samples)
             if result["errors"]:
-                runs.say(f"verify.py failed on {result['errors']} answers to {benchmark}; they "
-                         "count as unparsed")
+                runs.say(f"verify.py failed on {result['errors']} answers to {benchmark}")
             for other in tables[benchmark].values():
                 result["aes"] = aes(result, other)
             short = "/".join(Path(names[prefix]).parts[-2:])
             tables[benchmark][f"{benchmark}: {prefix}{short}"] = result
+            results.setdefault(benchmark, []).append(runs.plain(result))
     table = comparison_table(*tables.values())
     table += f"; temperature {args.temperature:g}, at most {args.max_new_tokens} tokens\n"
-    results = {}
-    for benchmark, models in tables.items():
-        results[benchmark] = [runs.plain(result) for result in models.values()]
     write_atomically(run / "results.json", json.dumps(results, indent=2))
     write_atomically(run / "table.md", table)
     print(f"{table}\n{run}: results.json, table.md, and every answer in *.jsonl")

@@ -102,7 +102,7 @@ def available_memory() -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory():
     """Have glibc keep freed memory: page faults would cost up to a third of a training step."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)  # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of mallopt(3)

@@ -143,7 +143,7 @@ class GPTConfig:
             fused=phi, hf=config)
 
 
-def _check_family(config: dict) -> str:
+def _check_family(config):
     """The model_type, if it is one of the five and has no feature that is not built here."""
     kind = config.get("model_type")
     why = [f"it has {key}" for key in UNSUPPORTED if config.get(key)]
@@ -163,11 +163,11 @@ def _check_family(config: dict) -> str:
     return kind
 
 
-def _is_positive(value, types=(int, float)) -> bool:
+def _is_positive(value, types=(int, float)):
     return type(value) in types and 0 < value < math.inf
 
 
-def _rope(config: dict, head_dim: int, local: bool = False) -> dict:
+def _rope(config, head_dim, local=False):
     """GPTConfig.rope or local_rope. transformers 5 writes one dict rope_parameters (Gemma: one per
     layer type); before it were rope_theta, rope_scaling and for local layers rope_local_base_freq.
     """
@@ -483,7 +483,7 @@ class GPT(nn.Module):
             _load(file, name, rows, ours, first, config.tied and name == "lm_head.weight")
         return model
 
-    def save_pretrained(self, folder, gather=lambda p: p) -> None:
+    def save_pretrained(self, folder, gather=lambda p: p):
         """Write config.json, as it was read, and model.safetensors, both as transformers has them.
 
         gather: makes a sharded parameter whole (a collective). folder None: write nothing.
@@ -548,7 +548,7 @@ def attention_mask(positions, span, window, dtype):
     return mask.masked_fill_(hidden, -math.inf)
 
 
-def _find_tensors(folder: Path, model: GPT) -> dict[str, tuple[Path, str, slice]]:
+def _find_tensors(folder, model):
     """{name: (file, parameter, its rows)} of all stored tensors, which must fit the model."""
     index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
     if index.is_file() and not (folder / "model.safetensors").is_file():
@@ -583,7 +583,7 @@ def _find_tensors(folder: Path, model: GPT) -> dict[str, tuple[Path, str, slice]
     return {name: (found[name][0], *place) for name, place in places.items()}
 
 
-def _load(file: Path, name: str, rows: slice, ours: Tensor, first: int, repeated: bool) -> None:
+def _load(file, name, rows, ours, first, repeated):
     """Copy the part of a stored tensor (`rows` of a parameter) that lies in `ours` (the parameter's
     rows from `first` on), PIECE bytes at a time. repeated: `ours` are loaded; compare instead."""
     start, stop = max(first, rows.start), min(first + len(ours), rows.stop)

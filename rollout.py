@@ -131,7 +131,7 @@ class Answers:
         uniform = uniforms(self.keys[some], positions)
         return np.stack([newest, self.cached[some], uniform], 1)
 
-    def record(self, some: list[int], drawn: Tensor) -> None:
+    def record(self, some: list[int], drawn: Tensor):
         """Append to each what was drawn, (rows, 2): token and log-prob."""
         for a, (token, logprob) in zip(some, drawn.tolist()):
             if math.isnan(logprob):
@@ -190,7 +190,7 @@ class Decoder:
         self.graphs = {}  # (rows, span, filters) -> CUDA graph, its result
         self.pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
 
-    def __call__(self, model, inputs: np.ndarray, filters: tuple) -> Tensor:
+    def __call__(self, model, inputs, filters):
         """inputs (rows, 3) -> (rows, 2), as `draw`. filters: temperature, top_p, top_k."""
         running, longest = len(inputs), int(inputs[:, 1].max())
         rows, span = step_size(running, longest + 1, self.use_graphs)
@@ -214,7 +214,7 @@ class Decoder:
         hidden = model(token.long()[:, None], self.cache)[:, 0]  # (rows, D)
         return draw(model.logits(hidden), uniform, *filters)
 
-    def capture(self, model, rows: int, span: int, filters: tuple) -> None:
+    def capture(self, model, rows: int, span: int, filters: tuple):
         """Record a step without running it. It must have run before, so that the libraries have
         chosen their kernels. On failure print a note; this decoder goes on without graphs."""
         try:

@@ -307,11 +307,8 @@ def total_reward(name: str, r_vr: Tensor, r_sa: Tensor, with_question: list[Tens
 
     r_vr (N,), 0 or 1, and r_sa (N,) are float64; with_question: each answer's log-probs (len(a),),
     at least one; lengths (N,) in tokens. Beside R_VR a part has the weight alpha, alone 1 (as in
-    the code of arXiv 2509.05489). Raises ValueError for an unknown name, or a group of one.
+    the code of arXiv 2509.05489). Raises ValueError for an unknown name.
     """
-    if name in GROUP_REWARDS and samples < 2:
-        raise ValueError(f"--reward {name} compares the answers to one question: it needs "
-                         f"--samples 2 or more, got {samples}")
     if name == "vr":
         return r_vr
     if name == "sar":

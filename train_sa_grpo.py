@@ -91,7 +91,7 @@ def kl_k3(logprob: Tensor, frozen_logprob: Tensor) -> Tensor:
     return d.exp() - d - 1
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None):
     # ---- settings ----
     parser = settings.training_parser("Train with SA-GRPO (arXiv 2509.05489).", PAPER, TINY)
     args = settings.parse(parser, "grpo", argv)
@@ -119,14 +119,14 @@ def main(argv: list[str] | None = None) -> None:
     if run.checkpoint:
         runs.load_optimizer(run.checkpoint / "optimizer.safetensors", policy, optimizer)
 
-    def evaluate_now(steps_done: int) -> None:
+    def evaluate_now(steps_done: int):
         result = evaluate(sampler, tokenizer, held_out, args)
         run.log("evals.jsonl", {"step": steps_done, **result})
 
     # ---- the loop ----
     if args.eval_every and run.step == 0:
         evaluate_now(0)
-    for step in run.steps("SA-GRPO" if args.reward == "sar" else f"GRPO ({args.reward})"):
+    for step in run.steps(f"GRPO with reward {args.reward}"):
         # 1. sample n answers to each of P questions
         questions = batch_of(problems, step, args.prompts_per_step, args.seed)
         answers = parallel.sample(sampler, tokenizer, questions, args, args.seed * 2**32 + step)
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
             grad_norm = parallel.clip_gradients(policy, MAX_GRAD_NORM)
             run.must_be_finite("gradient", grad_norm, minibatch)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             means.add(grad_norm=grad_norm)
         parallel.copy_weights_to(sampler, policy)
         run.lap("update")

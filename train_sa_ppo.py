@@ -143,7 +143,7 @@ def kl_k3(logprob: Tensor, frozen_logprob: Tensor) -> Tensor:
     return d.exp() - d - 1
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None):
     # ---- settings ----
     parser = settings.training_parser("Train with SA-PPO (arXiv 2509.05489).", PAPER, TINY)
     parser.flag("--critic-lr", settings.positive_float, "the critic's AdamW learning rate")
@@ -186,14 +186,14 @@ def main(argv: list[str] | None = None) -> None:
         runs.load_optimizer(run.checkpoint / "critic_optimizer.safetensors", critic,
                             critic_optimizer)
 
-    def evaluate_now(steps_done: int) -> None:
+    def evaluate_now(steps_done: int):
         result = evaluate(sampler, tokenizer, held_out, args)
         run.log("evals.jsonl", {"step": steps_done, **result})
 
     # ---- the loop ----
     if args.eval_every and run.step == 0:
         evaluate_now(0)
-    for step in run.steps("SA-PPO" if args.reward == "sar" else f"PPO ({args.reward})"):
+    for step in run.steps(f"PPO with reward {args.reward}"):
         # 1. sample n answers to each of P questions
         questions = batch_of(problems, step, args.prompts_per_step, args.seed)
         answers = parallel.sample(sampler, tokenizer, questions, args, args.seed * 2**32 + step)
@@ -259,8 +259,8 @@ def main(argv: list[str] | None = None) -> None:
             if step >= args.critic_warmup:
                 optimizer.step()
             critic_optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            critic_optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
+            critic_optimizer.zero_grad()
             means.add(grad_norm=grad_norm, critic_grad_norm=critic_grad_norm)
         parallel.copy_weights_to(sampler, policy)
         run.lap("update")

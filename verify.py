@@ -165,13 +165,13 @@ def last_number(text: str) -> str | None:
     return _last_number(text)[0]
 
 
-def _after_thinking(response: str) -> str:
+def _after_thinking(response):
     """R0: what follows the last finished <think> block; nothing where one was left open."""
     text = response.rpartition("</think>")[2]
     return "" if "<think>" in text else text
 
 
-def _locate(text: str) -> tuple[str | None, int, str]:
+def _locate(text):
     """(the answer, where it starts, the rule that found it), by R1 to R6 in that order."""
     boxes = _last_boxes(text, 1)
     if boxes:
@@ -194,7 +194,7 @@ def _locate(text: str) -> tuple[str | None, int, str]:
     return *_last_number(text), "number"
 
 
-def _last_boxes(text: str, count: int) -> list[tuple[str | None, int, int]]:
+def _last_boxes(text, count):
     """R1: up to `count` boxes from the end, as (content, start, end).
 
     None is the content of a box never closed. Blank boxes do not count. Only the last 50 boxes and
@@ -225,7 +225,7 @@ def _last_boxes(text: str, count: int) -> list[tuple[str | None, int, int]]:
     return boxes
 
 
-def _statement(text: str, start: int) -> str:
+def _statement(text, start):
     """R2: what the text after a marker states."""
     window = text[start:].lstrip("*_:= \t\r\n")[:MAX_ANSWER]
     for left, right in _DELIMITERS:
@@ -242,7 +242,7 @@ def _statement(text: str, start: int) -> str:
     return _trim(line[:stop.start()] if stop else line)
 
 
-def _last_number(text: str) -> tuple[str | None, int]:
+def _last_number(text):
     last = max(text.rfind(digit) for digit in "0123456789")
     begin = max(0, last - 200)
     number = None
@@ -253,7 +253,7 @@ def _last_number(text: str) -> tuple[str | None, int]:
     return number[0].replace("\\$", "").replace("$", "").strip(), number.start()
 
 
-def _trim(value: str, prose: bool = True) -> str:
+def _trim(value, prose=True):
     """Without blanks, bold stars, paired quotes and delimiters, a lone $, final punctuation."""
     value = _LEAD.sub("", _CALCULATION.sub("", value))
     for _ in range(6):
@@ -297,7 +297,7 @@ _STATED = re.compile(r"\b(?:is|are|be|option|choice|choose|select|pick|therefore
                      r"(?:((?-i:[A-E]))|(true|false|yes|no))\b(?!\s+or\b)", re.IGNORECASE)
 
 
-def _committed_answer(response: str, reference: str) -> str | None:
+def _committed_answer(response, reference):
     """extract_answer, but only what the response commits itself to: G1 to G5."""
     text = _after_thinking(response)
     answer, start, rule = _locate(text)
@@ -315,7 +315,7 @@ def _committed_answer(response: str, reference: str) -> str | None:
     return _formula_around(text, start) or answer
 
 
-def _is_problem(text: str, start: int) -> bool:
+def _is_problem(text, start):
     """G4: does a question or task end the text, from the sentence with the number at `start` on?"""
     before = text[max(0, start - 500):start]
     if re.search(r"=[\s$*\\(]{0,5}$", before) and len(text) - start < 40:        # ... = 42.
@@ -325,7 +325,7 @@ def _is_problem(text: str, start: int) -> bool:
     return "?" in text[start:] or bool(_TASK.search(sentence))
 
 
-def _formula_around(text: str, start: int) -> str | None:
+def _formula_around(text, start):
     """G6: the last side of the closed formula round the number at `start`.
 
     None if there is no such formula, or if its last side cannot be read.
@@ -342,7 +342,7 @@ def _formula_around(text: str, start: int) -> str | None:
     return None
 
 
-def _boxes_together(text: str) -> str:
+def _boxes_together(text):
     """G3: the last box and those shortly before it, as one list of the different answers."""
     (answer, start, _), *earlier = _last_boxes(text, 12)
     answers = [answer]
@@ -388,7 +388,7 @@ class _TooLarge(_Inexact):
 _work_left = ContextVar("_work_left")  # of this verdict, in steps of about a microsecond
 
 
-def _spend(steps: int):
+def _spend(steps):
     """Count the work of a verdict, which a clock would measure differently on every machine."""
     left = _work_left.get() - steps
     _work_left.set(left)
@@ -423,7 +423,7 @@ def is_equivalent(prediction: str, reference: str) -> bool:
         return False
 
 
-def _equal(a: str, b: str) -> bool:
+def _equal(a, b):
     readings_a, readings_b = _readings(a), _readings(b)
     if any(_same(x, y) for x in readings_a for y in readings_b):
         return True
@@ -433,7 +433,7 @@ def _equal(a: str, b: str) -> bool:
     return not readings_a and not readings_b and _spelling(a) == _spelling(b)
 
 
-def _readings(text: str) -> list:
+def _readings(text):
     """The ways to read an answer.
 
     A comma may group digits or separate items (100,200), a letter may be a unit (10 m).
@@ -462,12 +462,12 @@ _TEXT_VALUES = {"nosolution": ("set",), "nosolutions": ("set",), "norealsolution
 _LABEL = re.compile(rf"(?:{_WRAPPERS})?\(?([A-E])[).:](?:[\s}}~]|\\[\s,;:])+([\w\\$].*)", re.DOTALL)
 
 
-def _spelling(text: str) -> str:
+def _spelling(text):
     """The text with single blanks and without a final period."""
     return " ".join(text.split()).rstrip(".")
 
 
-def _text(text: str) -> str:
+def _text(text):
     """The normal form of a text answer (P8): no wrappers, blanks, periods, quotes or case.
 
     yes is true, (B) is b.
@@ -549,7 +549,7 @@ _MULTIPLIERS = {'"hundred': 100, '"thousand': 10 ** 3, '"million': 10 ** 6, '"bi
                 '"trillion': 10 ** 12}
 
 
-def _tokens(text: str, grouping: bool) -> list[str]:
+def _tokens(text, grouping):
     """Cut an answer into numbers, letters, \\commands, signs and '"words' (with a quote in front).
 
     grouping: may a comma or a blank group the digits of a number?
@@ -593,7 +593,7 @@ def _tokens(text: str, grouping: bool) -> list[str]:
     return tokens
 
 
-def _letters(name: str, after_number: bool) -> list[str]:
+def _letters(name, after_number):
     """A run of letters: a connective, a function, a unit or word, or a product of variables."""
     lower = name.lower()
     if lower in ("and", "or"):
@@ -1026,7 +1026,7 @@ class _Parser:
         self.units.append(_unit_name(words))
 
 
-def _unit_name(words: list[str]) -> str:
+def _unit_name(words):
     """One spelling for each unit: square inches and inches^2 are in^2; a noun loses its plural."""
     name, power = "", ""
     for word in words:
@@ -1041,7 +1041,7 @@ def _unit_name(words: list[str]) -> str:
     return name
 
 
-def _number(token: str):
+def _number(token):
     """The exact value of a number token: int or Fraction."""
     if token.isdigit():
         return int(token)
@@ -1056,7 +1056,7 @@ def _number(token: str):
     return _whole(Fraction(token))
 
 
-def _whole(value: Fraction):
+def _whole(value):
     """An int where the value is one."""
     return value.numerator if value.denominator == 1 else value
 
@@ -1069,7 +1069,7 @@ def _reciprocal(node):
     return 1 / Fraction(node) if isinstance(node, (int, Fraction)) and node else ("/", node)
 
 
-def _times(factors: list):
+def _times(factors):
     """A product; 3/4 and \\frac{3}{4} become one Fraction at once."""
     if len(factors) == 1:
         return factors[0]
@@ -1082,23 +1082,23 @@ def _times(factors: list):
 _FIRST_PART = {"call": 2, "unit": 2, "rel": 2, "seq": 2, "matrix": 2, "text": 2, "based": 3}
 
 
-def _parts(node: tuple) -> tuple:
+def _parts(node):
     return node[_FIRST_PART.get(node[0], 1):]
 
 
-def _with_parts(node: tuple, change) -> tuple:
+def _with_parts(node, change):
     """The node with `change` applied to each of its parts."""
     first = _FIRST_PART.get(node[0], 1)
     return node[:first] + tuple(change(part) for part in node[first:])
 
 
-def _kind(node) -> str:
+def _kind(node):
     return node[0] if isinstance(node, tuple) and node[0] in (
         "list", "set", "all", "seq", "rel", "union", "minus", "ratio", "matrix", "based", "text"
     ) else "value"
 
 
-def _names(node, found: set) -> set:
+def _names(node, found):
     """Add the variables of a node to `found`."""
     if isinstance(node, tuple):
         for part in _parts(node):
@@ -1108,7 +1108,7 @@ def _names(node, found: set) -> set:
     return found
 
 
-def _both_signs(node, together: bool) -> list:
+def _both_signs(node, together):
     """The values of a node with plus-minus signs in it.
 
     All combinations, or two where a minus-plus ties them.
@@ -1145,7 +1145,7 @@ def _both_signs(node, together: bool) -> list:
 _ONE = {(): 1}
 
 
-def _exact(node) -> tuple[dict, dict]:
+def _exact(node):
     """node as (numerator, denominator).
 
     Raises _Inexact where it has no such form, _Undefined for 1/0.
@@ -1185,7 +1185,7 @@ def _exact(node) -> tuple[dict, dict]:
     return {monomial: c * factor for monomial, c in top.items()}, bottom
 
 
-def _plus(p: dict, q: dict) -> dict:
+def _plus(p, q):
     _spend(len(p) + len(q))
     out = dict(p)
     for monomial, c in q.items():
@@ -1195,7 +1195,7 @@ def _plus(p: dict, q: dict) -> dict:
     return out
 
 
-def _product(p: dict, q: dict) -> dict:
+def _product(p, q):
     _spend(2 * len(p) * len(q))
     if len(p) * len(q) > 4 * MAX_TERMS:
         raise _Inexact
@@ -1216,7 +1216,7 @@ def _bounded(c):
     return c
 
 
-def _reduced(*monomials: tuple) -> tuple[tuple, int]:
+def _reduced(*monomials):
     """The product of monomials, and the factor that i*i = -1 and √p*√p = p leave."""
     exponents, factor = {}, 1
     for name, k in itertools.chain(*monomials):
@@ -1228,7 +1228,7 @@ def _reduced(*monomials: tuple) -> tuple[tuple, int]:
     return tuple(sorted(pair for pair in exponents.items() if pair[1])), factor
 
 
-def _inverse(top: dict, bottom: dict) -> tuple[dict, dict]:
+def _inverse(top, bottom):
     if not top:
         raise _Undefined
     if top.keys() == {()}:
@@ -1246,7 +1246,7 @@ def _rational(node):
     return _whole(Fraction(top.get((), 0)))
 
 
-def _exact_power(top: dict, bottom: dict, n) -> tuple[dict, dict]:
+def _exact_power(top, bottom, n):
     if n < 0:
         (top, bottom), n = _inverse(top, bottom), -n
     if n.denominator > 1:                                           # 8^(2/3) is (8^(1/3))^2
@@ -1273,7 +1273,7 @@ def _exact_power(top: dict, bottom: dict, n) -> tuple[dict, dict]:
     return powers[0], powers[1]
 
 
-def _exact_root(value: Fraction, index: int) -> dict:
+def _exact_root(value, index):
     """A square root as a rational times a product of √p, or a root that comes out even.
 
     Real for odd indices.
@@ -1313,7 +1313,7 @@ def _exact_root(value: Fraction, index: int) -> dict:
     return {(): Fraction(-roots[0] if value < 0 else roots[0], roots[1])}
 
 
-def _exact_call(name: str, arguments: tuple) -> tuple[dict, dict]:
+def _exact_call(name, arguments):
     if name == "exp":
         return _exact(("^", "e", arguments[0]))
     if name == "binom":                                             # n (n-1) ... (n-k+1) / k!
@@ -1355,7 +1355,7 @@ _PI = Decimal("3.14159265358979323846264338327950288419716939937510"
 _0, _1 = Decimal(0), Decimal(1)
 
 
-def _random_points() -> list[tuple[Decimal, ...]]:
+def _random_points():
     """Four real points and six whole ones, values for 12 variables each.
 
     Signs and order differ in every way.
@@ -1375,7 +1375,7 @@ def _random_points() -> list[tuple[Decimal, ...]]:
 _POINTS = _random_points()
 
 
-def _value(node, point: dict) -> tuple[Decimal, Decimal]:
+def _value(node, point):
     """node as a complex number, its variables taken from `point`.
 
     Raises _Undefined or ArithmeticError.
@@ -1475,7 +1475,7 @@ def _sqrt(z):
     return ((size + z[0]) / 2).sqrt(), (imaginary if z[1] > 0 else -imaginary)
 
 
-def _sine_cosine(x: Decimal) -> tuple[Decimal, Decimal]:
+def _sine_cosine(x):
     """Taylor series after reduction to [-pi, pi]."""
     _spend(40)
     if abs(x) > 10 ** 6:  # would need more digits of pi than we carry
@@ -1491,7 +1491,7 @@ def _sine_cosine(x: Decimal) -> tuple[Decimal, Decimal]:
     return +sums[1], +sums[0]
 
 
-def _atan2(y: Decimal, x: Decimal) -> Decimal:
+def _atan2(y, x):
     """The angle of the point (x, y).
 
     Halved until its tangent is small, then the series of the arcus tangent.
@@ -1515,7 +1515,7 @@ def _atan2(y: Decimal, x: Decimal) -> Decimal:
         return total * 2 ** doublings
 
 
-def _call(name: str, arguments: list):
+def _call(name, arguments):
     """A function of complex arguments; all but roots, logarithms, exp and abs want them real."""
     z = arguments[0]
     _spend(10)
@@ -1565,7 +1565,7 @@ def _call(name: str, arguments: list):
     raise _Undefined
 
 
-def _try_value(node, point: dict, context: decimal.Context):
+def _try_value(node, point, context):
     """The value in the context's precision, or None where it is undefined."""
     try:
         with decimal.localcontext(context):
@@ -1574,7 +1574,7 @@ def _try_value(node, point: dict, context: decimal.Context):
         return None
 
 
-def _agree(a, b, point: dict) -> bool | None:
+def _agree(a, b, point):
     """Are two nodes equal at a point, judged in two precisions? None where one is undefined.
 
     No tolerance says how small a difference may be: a true zero shrinks with the rounding error
@@ -1600,7 +1600,7 @@ def _agree(a, b, point: dict) -> bool | None:
 
 # --------------------------------------------------------------------------------------- comparison
 
-def _same_value(a, b) -> bool:
+def _same_value(a, b):
     """Are two values equal?
 
     Exactly if both have an exact form, else at random points in two precisions.
@@ -1632,7 +1632,7 @@ def _same_value(a, b) -> bool:
     return agreements >= (3 if names else 1)
 
 
-def _same(a, b) -> bool:
+def _same(a, b):
     """Are two parsed answers equal? Raises _Undefined when the work is used up."""
     if a == b:
         return True
@@ -1691,12 +1691,12 @@ def _same(a, b) -> bool:
     return False
 
 
-def _same_parts(a: tuple, b: tuple) -> bool:
+def _same_parts(a, b):
     a, b = _parts(a), _parts(b)
     return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
 
 
-def _same_items(xs: tuple, ys: tuple, repetition: bool) -> bool:
+def _same_items(xs, ys, repetition):
     """Equal in any order (P6). repetition: may an item occur more often on one side?"""
     if repetition:
         return (all(any(_same(x, y) for y in ys) for x in xs)
@@ -1726,7 +1726,7 @@ def _after_name(node):
     return terms[-1]
 
 
-def _is_name(node) -> bool:
+def _is_name(node):
     """x, x_1, f(x), (x, y), or points side by side: AB."""
     if isinstance(node, str):
         return node not in _CONSTANTS
@@ -1736,7 +1736,7 @@ def _is_name(node) -> bool:
             isinstance(x, str) and len(x) == 1 and x.isupper() for x in node[1:])))
 
 
-def _same_relation(a: tuple, b: tuple) -> bool:
+def _same_relation(a, b):
     """Equal term by term, or one equation or inequality a constant multiple of the other (P11)."""
     a, b = (("rel", tuple(_FLIPPED[sign] for sign in r[1][::-1]), *r[:1:-1])
             if r[1][0] in (">", ">=") else r for r in (a, b))
@@ -1759,7 +1759,7 @@ def _same_relation(a: tuple, b: tuple) -> bool:
     return ratio is not None and (ratio[0] > 0 or a[1][0] in ("=", "!="))
 
 
-def _at(node, values: dict):
+def _at(node, values):
     """The node with values for its variables."""
     if isinstance(node, tuple):
         return _with_parts(node, lambda part: _at(part, values))
@@ -1775,7 +1775,7 @@ _INFINITE = Decimal("Infinity")
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "in": "in"}
 
 
-def _is_region(node) -> bool:
+def _is_region(node):
     """Does the answer describe a part of the real line? (A pair alone may be a point.)"""
     kind = _kind(node)
     return (node == "ℝ" or kind in ("union", "minus", "all")
@@ -1783,7 +1783,7 @@ def _is_region(node) -> bool:
             or (kind == "list" and all(map(_is_region, node[1:]))))
 
 
-def _region(node) -> list | None:
+def _region(node):
     """The region that an answer describes, or None."""
     kind = _kind(node)
     if node == "ℝ":
@@ -1814,7 +1814,7 @@ def _region(node) -> list | None:
     return _complement(_merged(sum(map(_complement, parts), [])))  # the intersection
 
 
-def _half_line(left, sign: str, right) -> list | None:
+def _half_line(left, sign, right):
     """Solve an inequality for its one variable if it is linear.
 
     f(x) = a x + b exactly if four points say so.
@@ -1839,7 +1839,7 @@ def _half_line(left, sign: str, right) -> list | None:
     return [below, above] if sign == "!=" else [below] if sign in ("<", "<=") else [above]
 
 
-def _end(node) -> Decimal | None:
+def _end(node):
     if node in ("∞", ("-", "∞")):
         return _INFINITE if node == "∞" else -_INFINITE
     if _names(node, set()) or _kind(node) != "value":
@@ -1848,11 +1848,11 @@ def _end(node) -> Decimal | None:
     return value[0] if value and not value[1] else None
 
 
-def _equal_ends(x: Decimal, y: Decimal) -> bool:
+def _equal_ends(x, y):
     return x == y or (x.is_finite() and y.is_finite() and abs(x - y) < Decimal("1e-25") * abs(x))
 
 
-def _merged(intervals: list) -> list:
+def _merged(intervals):
     """The union of intervals: sort them and join those that touch."""
     out = []
     for low, low_in, high, high_in in sorted(
@@ -1866,7 +1866,7 @@ def _merged(intervals: list) -> list:
     return out
 
 
-def _complement(region: list) -> list:
+def _complement(region):
     out, low, low_in = [], -_INFINITE, False
     for start, start_in, end, end_in in region:
         if low < start or (low == start and low_in and not start_in):

@@ -19,8 +19,7 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
-        what = f"{path} is truncated or not JSON ({one_line(error)})"
-        raise ValueError(f"{what}: copy the file again") from None
+        raise ValueError(f"{path} is truncated or not JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} should hold a JSON object, not a {type(content).__name__}")
     return content
@@ -36,8 +35,7 @@ def open_tensors(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        what = f"{path} is truncated or not a safetensors file ({one_line(error)})"
-        raise ValueError(f"{what}: copy the file again") from None
+        raise ValueError(f"{path} is truncated or no safetensors file: {one_line(error)}") from None
 
 
 def file_sha256(path: Path) -> str:
@@ -45,7 +43,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str):
     """Write a text file that is whole or not there, whatever happens meanwhile."""
     scratch = path.with_name(path.name + ".new")
     scratch.write_text(text, encoding="utf-8")

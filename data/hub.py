@@ -127,11 +127,10 @@ def download_lock(path: Path) -> Iterator[None]:
         yield
 
 
-def download_model(repo: str, target: Path) -> None:
-    """Download a model into `target`, which appears whole or not at all.
-
-    The files gather in .NAME.partial beside it, where an interrupted download goes on. Raises
-    OSError, or ValueError where what came is no whole model."""
+def download_model(repo: str, target: Path):
+    """Download a model into `target`, which appears whole or not at all. Until then the files gather
+    in .NAME.partial, where an interrupted download goes on. Raises OSError, or ValueError where
+    what came is no whole model."""
     partial = target.with_name(f".{target.name}.partial")
     with download_lock(target.with_name(f".{target.name}.lock")):
         if target.is_dir():  # another process brought it while this one waited
@@ -161,11 +160,9 @@ def download_model(repo: str, target: Path) -> None:
 
 
 def download(url: str, path: Path, sha256: str = "") -> dict[str, str]:
-    """Download a file, unless it is here. It gets its name when its length and its hash are right.
-
-    sha256: the expected hash; without it, the one that the hub tells, if any. Returns the headers
-    that came. Raises FileNotFoundError where there is no such file, other OSErrors for all else.
-    """
+    """Download a file, unless it is here. It gets its name when its length and its hash are right
+    (`sha256`, else what the hub tells, if anything). Returns the headers that came. Raises
+    FileNotFoundError where there is no such file, other OSErrors for all else."""
     if path.is_file():
         return {}
     part = path.with_name(f"{path.name}.part")

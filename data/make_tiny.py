@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data.hub import TINY
 from data.prompts import encode_prompt
 from data.tiny_world import training_texts
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, byte_alphabet
 from kernels import keep_freed_memory
 from model import GPT, GPTConfig
 
@@ -42,13 +42,6 @@ CHAT_TEMPLATE = (
     "{% else %}<|answer|>{{ message['content'] }}<|endoftext|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|answer|>{% endif %}"
 )
-
-
-def byte_alphabet() -> list[str]:
-    """The printable character that stands for each of the 256 bytes in byte-level BPE (GPT-2)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    spare = iter(range(256, 512))
-    return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
 
 
 def learn_merges(words: dict[str, int]) -> list[tuple[str, str]]:

@@ -4,14 +4,11 @@
     load_problems("gsm8k", "test")  a published set; one that is not split ignores the split
     load_problems("tiny")           the embedded model's own problems (data/tiny_world.py)
 
-Published files (data/published.json: address, SHA-256) are looked for in $SA_DATA, then in our
-cache, and are downloaded into the cache when absent. No SHA-256 is on record for GSM-Symbolic's
-p1, but its address names a commit.
-
-Training sets are filtered and cut as in the authors' examples/data_preprocess (github.com/
-amazon-science/Self-Aligned-Reward-Towards_Effective_and_Efficient_Reasoners): MATH and NuminaMath
-keep problems whose answer is a number, every source gives at most 10,000, NuminaMath is split 92
-to 8. Their draw used other random number generators: ours is as large but not the same.
+Published files (data/published.json) are looked for in $SA_DATA, then in our cache, and are
+downloaded into the cache when absent. Training sets are filtered and cut as by the authors (github.
+com/amazon-science/Self-Aligned-Reward-Towards_Effective_and_Efficient_Reasoners): MATH and
+NuminaMath keep problems whose answer is a number, every source gives at most 10,000, NuminaMath is
+split 92 to 8. Their draw used other random number generators: ours is as large, not the same.
 """
 import functools
 import json
@@ -53,9 +50,8 @@ class Problem:
 def load_problems(name_or_path: str, split: str = "train") -> list[Problem]:
     """Read problems from a JSONL file or a published set (one of NAMES), in the file's order.
 
-    split: "train" or "test", for SPLIT_SETS; NAME-train and NAME-test say it in the name.
-    Raises ValueError for content that cannot be used, with file and line, and FileNotFoundError
-    for a name or file that cannot be had.
+    split: "train" or "test", for SPLIT_SETS; NAME-train and NAME-test say it in the name. Raises
+    ValueError for content that cannot be used, FileNotFoundError for what cannot be had.
     """
     if split not in ("train", "test"):
         raise ValueError(f"a split is 'train' or 'test', not {split!r}")
@@ -98,8 +94,8 @@ def read_jsonl(path: Path) -> list[Problem]:
                 text = line.decode("utf-8").strip("\ufeff \t\r\n")
                 row = json.loads(text) if text else None
             except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError too
-                what = f"{where} is not valid JSON ({one_line(error)})"
-                raise ValueError(f"{what}: {EXPECTED}") from None
+                why = one_line(error)
+                raise ValueError(f"{where} is not valid JSON ({why}): {EXPECTED}") from None
             if text:
                 problems.append(problem_from(row, where))
     if not problems:
@@ -148,9 +144,6 @@ def at_most(name: str, problems: list[Problem], how: str = "") -> list[Problem]:
     return problems
 
 
-# ---- published sets ----
-
-
 def published(file: str) -> Path:
     """A published file, from $SA_DATA, our cache, or the network, with its SHA-256 checked."""
     url = PUBLISHED[file]["url"].replace("https://huggingface.co", endpoint())
@@ -165,9 +158,9 @@ def published(file: str) -> Path:
                 ours.parent.mkdir(parents=True, exist_ok=True)
                 download(url, ours, sha256)
     except OSError as error:
-        raise FileNotFoundError(f"{file} is neither at {given} ($SA_DATA) nor at {ours}, and "
-                                f"{url} did not give it ({one_line(error)}): put it there by hand"
-                                ) from error
+        where = f"neither at {given} ($SA_DATA) nor at {ours}, and could not be had from {url}"
+        why = f"{one_line(error)}): put it there by hand"
+        raise FileNotFoundError(f"{file} is {where} ({why}") from error
     if sha256 and file_sha256(path) != sha256:
         raise ValueError(f"{path} is not the published file (its SHA-256 is not {sha256}): delete "
                          "it, or give its path as the data to use it as it is")
@@ -270,9 +263,6 @@ def is_number(answer: str) -> bool:
     return has_digit and len(answer) <= 20 and set(rest) <= set("0123456789-.()\\")
 
 
-# ---- training data ----
-
-
 def training_problems(args, tokenizer, folder: Path) -> tuple[list[Problem], list[Problem]]:
     """(the problems to train on, the problems held out for --eval-every).
 
@@ -305,13 +295,12 @@ def training_problems(args, tokenizer, folder: Path) -> tuple[list[Problem], lis
         kept = [p for p, length in zip(candidates, lengths) if length <= limit]
         skipped = len(candidates) - len(kept)
         if candidates and not kept:
-            raise ValueError(
-                f"all {skipped} {what} are longer than --max-prompt-tokens "
-                f"{args.max_prompt_tokens}, or leave no room for an answer within {positions} "
-                f"positions (the shortest has {min(lengths)} tokens)")
+            raise ValueError(f"all {skipped} {what} are longer than --max-prompt-tokens "
+                             f"{args.max_prompt_tokens}, or leave no room for an answer within "
+                             f"{positions} positions (the shortest has {min(lengths)} tokens)")
         if skipped:
-            which = f"{skipped} of {len(candidates)} {what}"
-            print(f"note: {which} are longer than {limit} tokens and are skipped", file=sys.stderr)
+            print(f"note: {skipped} of {len(candidates)} {what} are longer than {limit} tokens and "
+                  "are skipped", file=sys.stderr)
         return kept
 
     problems = short_enough(problems, "prompts")

@@ -12,13 +12,12 @@ the pair of the lowest rank, the leftmost first. A tokenizer.json lists its join
 
 After encoding, ranks are mapped to ids. A character that is no piece becomes the ids of its bytes.
 """
-import codecs
 import json
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterable
+from itertools import chain, groupby
 from pathlib import Path
 
 import tiktoken
@@ -63,10 +62,9 @@ class Tokenizer:
     """One checkpoint's tokenizer. Build it with Tokenizer.from_pretrained(folder).
 
     special: every special token and its id. Text never becomes one; prompts.py places them by id.
-    stop_ids: the ids that end an answer.
+    stop_ids: the ids that end an answer. vocab_size: every id is below it.
     bos_id, eos_id: the beginning- and end-of-text tokens, None where no file names one.
     adds_bos: whether the tokenizer puts bos_id in front of plain text.
-    vocab_size: every id is below it.
     strips_after, strips_before: ids that swallow the white space on that side of them.
     chat_template: the checkpoint's Jinja template as text, or None (prompts.py recognises it).
     """
@@ -94,12 +92,12 @@ class Tokenizer:
         self._read_template(settings)
         self._read_stop_ids(generation, config)
 
-    def _unsupported(self, what: str) -> ValueError:
+    def _unsupported(self, what):
         return ValueError(f"{self.folder / 'tokenizer.json'}: {what} is not supported (byte-level "
                           f"BPE as in Qwen and SmolLM2 is, and SentencePiece-style BPE as in "
                           f"Llama 2, Phi-3.5 and Gemma 3)")
 
-    def _read_bpe(self, spec: dict) -> None:
+    def _read_bpe(self, spec):
         model, vocab = spec["model"], spec["model"].get("vocab")
         if model.get("type", "BPE") != "BPE" or not isinstance(vocab, dict):
             raise self._unsupported(f"a model of type {model.get('type')!r}")
@@ -125,7 +123,7 @@ class Tokenizer:
         for word, i in (self.special | self._words).items():
             self._pieces[i] = word.encode() if self._byte_level else word.replace(MARK, " ")
 
-    def _read_added(self, added: list[dict], vocab: dict[str, int]) -> None:
+    def _read_added(self, added, vocab):
         """Added tokens: special ones, never made from text, and words that text always matches."""
         self.special, self._words = {}, {}
         for token in added:
@@ -147,14 +145,14 @@ class Tokenizer:
         self._word_start = re.compile("|".join(starts) or "(?!)")  # (?!) matches nothing
         self._word_lengths = sorted({len(word) for word in self._words}, reverse=True)
 
-    def _set_ranks(self, ids: dict[bytes, tuple[int, ...]], pattern: str) -> None:
+    def _set_ranks(self, ids, pattern):
         """ids: joined bytes -> token ids, by rank. pattern: its matches are encoded one by one."""
         self._ids = list(ids.values())  # rank -> ids
         ranks = {joined: rank for rank, joined in enumerate(ids)}
         self._tiktoken = tiktoken.Encoding(str(self.folder), pat_str=pattern,
                                            mergeable_ranks=ranks, special_tokens={})
 
-    def _read_byte_level(self, spec: dict, vocab: dict[str, int], merge_results: list[str]) -> None:
+    def _read_byte_level(self, spec, vocab, merge_results):
         decoder, normalizer = spec["decoder"], spec.get("normalizer")
         if decoder["type"] != "ByteLevel" or normalizer not in (None, {"type": "NFC"}):
             raise self._unsupported(f"the decoder {json.dumps(decoder)[:80]} with the normalizer "
@@ -181,7 +179,7 @@ class Tokenizer:
         for piece, i in vocab.items():
             self._pieces[i] = spelled(piece)
 
-    def _read_pattern(self, pre_tokenizer: dict) -> str:
+    def _read_pattern(self, pre_tokenizer):
         steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])  # more than one: a Sequence
         kinds, first, last = [step["type"] for step in steps], steps[0], steps[-1]
         if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
@@ -196,7 +194,7 @@ class Tokenizer:
                 return rf"{pattern}|(?:(?!{pattern})[\s\S])+"  # also the text between its matches
         raise self._unsupported(f"the pre_tokenizer {json.dumps(pre_tokenizer)[:120]}")
 
-    def _read_sentencepiece(self, spec: dict, vocab: dict[str, int], merge_results: list[str]):
+    def _read_sentencepiece(self, spec, vocab, merge_results):
         normalizer, pre_tokenizer = spec.get("normalizer"), spec.get("pre_tokenizer")
         if normalizer == PREPEND and pre_tokenizer is None:
             self._prefix = "always"
@@ -236,7 +234,7 @@ class Tokenizer:
         for byte, i in enumerate(byte_ids):
             self._pieces[i] = byte
 
-    def _undo_unreachable(self, pieces: list[str]) -> None:
+    def _undo_unreachable(self, pieces):
         """Give a piece that the merges never make (Gemma 3 has four, such as " YYYY") the ids that
         they make instead. tiktoken would find such a piece, because it looks a match up before it
         merges. Here every piece is encoded with a character behind it that joins with nothing."""
@@ -247,7 +245,7 @@ class Tokenizer:
                 rank = self._tiktoken.encode_single_token(piece)
                 self._ids[rank] = tuple(chain(*(self._ids[part] for part in made)))
 
-    def _read_bos_and_eos(self, spec: dict, settings: dict) -> None:
+    def _read_bos_and_eos(self, spec, settings):
         known = self._words | self.special
         tokens = [settings.get(key) for key in ("bos_token", "eos_token")]
         named = [token["content"] if isinstance(token, dict) else token for token in tokens]
@@ -258,7 +256,7 @@ class Tokenizer:
             adds = post["type"] == "TemplateProcessing" and "SpecialToken" in post["single"][0]
         self.adds_bos = self.bos_id is not None and bool(adds)
 
-    def _read_template(self, settings: dict) -> None:
+    def _read_template(self, settings):
         template, jinja = settings.get("chat_template"), self.folder / "chat_template.jinja"
         if jinja.exists():
             template = jinja.read_text(encoding="utf-8", errors="replace")
@@ -268,7 +266,7 @@ class Tokenizer:
             raise ValueError(f"{self.folder / 'tokenizer_config.json'}: chat_template is no text")
         self.chat_template = template
 
-    def _read_stop_ids(self, generation: dict, config: dict) -> None:
+    def _read_stop_ids(self, generation, config):
         self.stop_ids = set() if self.eos_id is None else {self.eos_id}
         for source in (generation, config, config.get("text_config") or {}):
             ids = source.get("eos_token_id")
@@ -311,7 +309,7 @@ class Tokenizer:
             at_start = False
         return ids + self._encode_stretch(text[done:], at_start)
 
-    def _encode_stretch(self, text: str, at_start: bool) -> list[int]:
+    def _encode_stretch(self, text, at_start):
         """Ids of text between added words: normalise it, encode it, map ranks to ids."""
         if not text:
             return []
@@ -330,35 +328,23 @@ class Tokenizer:
 
         An id outside the vocabulary (a model may have more rows than tokens) stands for no text.
         """
-        return "".join(self.stream(ids))
-
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield the text of ids as they arrive; the joined parts are decode(ids).
-
-        Text that a later id may change waits: byte-level, the bytes of an incomplete character;
-        otherwise a run of single-byte tokens, which is text only if all of it is valid.
-        """
-        known = (i for i in ids if 0 <= i < self.vocab_size and i not in self._special_ids)
-        pieces = (self._pieces[i] for i in known)
+        known = [i for i in ids if 0 <= i < self.vocab_size and i not in self._special_ids]
+        pieces = [self._pieces[i] for i in known]
         if self._byte_level:
-            yield from codecs.iterdecode(pieces, "utf-8", "replace")
-            return
-        run, strip = bytearray(), self._strip_first
-        for piece in chain(pieces, [""]):  # "" ends a run at the very end
-            if isinstance(piece, int):
-                run.append(piece)
+            return b"".join(pieces).decode("utf-8", "replace")
+        text = ""
+        for are_bytes, run in groupby(pieces, lambda piece: isinstance(piece, int)):
+            if not are_bytes:
+                text += "".join(run)
                 continue
+            run = bytes(run)
             try:
-                text = run.decode() + piece
-            except UnicodeDecodeError:
-                text = "\ufffd" * len(run) + piece
-            run.clear()
-            if strip and text:  # the space that encode put in front
-                text, strip = text.removeprefix(" "), False
-            if text:
-                yield text
+                text += run.decode()
+            except UnicodeDecodeError:  # single-byte tokens are text only if the whole run is valid
+                text += "\ufffd" * len(run)
+        return text.removeprefix(" ") if self._strip_first else text  # encode put it there
 
-    def copy_to(self, folder) -> None:
+    def copy_to(self, folder):
         """Copy the tokenizer's files into a checkpoint folder, which then loads in transformers."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

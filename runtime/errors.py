@@ -39,7 +39,7 @@ def user_errors():
         raise
 
 
-def end_all(text: str, status: int, details: str = "") -> None:
+def end_all(text: str, status: int, details: str = ""):
     """End this process. The first that fails leaves its message in the store, for the others.
 
     Their collectives then fail too, and rank 0 shows that message instead of its own. torchrun
@@ -60,7 +60,7 @@ def end_all(text: str, status: int, details: str = "") -> None:
     leave(status)  # does not wait for collectives that are under way
 
 
-def leave(status: int) -> None:
+def leave(status: int):
     """Skip interpreter shutdown, in which a thread of gloo or NCCL sometimes aborts the process."""
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         stream.flush()

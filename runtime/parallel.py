@@ -46,7 +46,7 @@ def processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def join_processes() -> None:
+def join_processes():
     """Meet the other processes, if torchrun started several. All but rank 0 keep quiet."""
     global store
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
@@ -137,7 +137,7 @@ def all_gather(p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return p.full_tensor() if isinstance(p, DTensor) else p
 
 
-def reshard(model) -> None:
+def reshard(model):
     """Free gathered weights: parameters() then lists the shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -158,7 +158,7 @@ def sampler_for(policy: GPT, args) -> GPT:
 
 
 @torch.no_grad()
-def copy_weights_to(sampler: GPT, policy: GPT) -> None:
+def copy_weights_to(sampler: GPT, policy: GPT):
     """Bring the sampler's weights up to date, in place, one parameter at a time."""
     if sampler is not policy:
         reshard(policy)
@@ -191,18 +191,18 @@ class Answer:
     finished: bool  # ended by a stop token, not by the limit
     logprobs: Tensor  # (len,) as the sampler computed them
     text: str  # without the stop token
-    with_question: Tensor | None = None  # (len,) log P(a_j | q, a_<j) of the policy
-    without_question: Tensor | None = None  # (len,) log P(a_j | a_<j) of the policy
-    frozen: Tensor | None = None  # (len,) log P(a_j | q, a_<j) of the frozen start
-    values: Tensor | None = None  # (len,) of PPO's critic
-    verdict: Verdict | None = None
-    r_sa: Tensor | None = None  # () as all that follow, but
-    reward: Tensor | None = None
-    advantage: Tensor | None = None  # (len,) in PPO: every token has its own
-    returns: Tensor | None = None  # (len,) what PPO's critic learns
+    with_question: Tensor = None  # (len,) log P(a_j | q, a_<j) of the policy
+    without_question: Tensor = None  # (len,) log P(a_j | a_<j) of the policy
+    frozen: Tensor = None  # (len,) log P(a_j | q, a_<j) of the frozen start
+    values: Tensor = None  # (len,) of PPO's critic
+    verdict: Verdict = None
+    r_sa: Tensor = None  # () as all that follow, but
+    reward: Tensor = None
+    advantage: Tensor = None  # (len,) in PPO: every token has its own
+    returns: Tensor = None  # (len,) what PPO's critic learns
 
 
-def note(answers: list[Answer], **columns) -> None:
+def note(answers: list[Answer], **columns):
     """Set answers[i].NAME = columns[NAME][i]."""
     for name, values in columns.items():
         for answer, value in zip(answers, values, strict=True):
@@ -287,11 +287,11 @@ def minibatches(answers: list[Answer], args, step: int) -> Iterator[list[Answer]
             yield members
 
 
-def micro_batches(answers: list[Answer], budget: int) -> list[list[Answer]]:
+def micro_batches(answers: list[Answer], budget: int) -> Iterator[list[Answer]]:
     """This process's micro-batches; an empty one where others have work and it has none."""
     lengths = [len(a.prompt) + len(a.tokens) for a in answers]
-    cuts = sar.micro_batches(lengths, budget, *processes())
-    return [[answers[i] for i in cut] for cut in cuts]
+    for batch in sar.micro_batches(lengths, budget, *processes()):
+        yield [answers[i] for i in batch]
 
 
 def concat(pieces: list[Tensor], args) -> Tensor:
@@ -305,7 +305,7 @@ class Means:
     def __init__(self):
         self.table: dict[str, list[float]] = {}  # name -> [sum, count, maximum]
 
-    def add(self, **values: Tensor) -> None:
+    def add(self, **values: Tensor):
         """Every process must add the same names, also with tensors of no elements."""
         for name, value in values.items():
             row = self.table.setdefault(name, [0.0, 0, -float("inf")])

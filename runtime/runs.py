@@ -128,7 +128,7 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
-    def prepare(self, algorithm: str, parameters: int) -> None:
+    def prepare(self, algorithm: str, parameters: int):
         """Make the folder, or find the checkpoint to resume from and cut the logs back to it."""
         path, here = self.folder / "config.json", provenance(self.args.device)
         config = {"algorithm": algorithm, "settings": vars(self.args) | {"resume": False}, **here}
@@ -145,20 +145,17 @@ class Run:
         elif path.exists():
             raise ValueError(f"{self.folder} already holds a run: go on with it by --resume, or "
                              "choose another --name")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free
-            needed = parameters * 3 * 4  # float32 weights and AdamW's two moments
-            if free < needed:
-                raise ValueError(f"{self.folder} has {free / 1e9:.2f} GB free, but a checkpoint "
-                                 f"takes {needed / 1e9:.2f} GB: free some space, or set SA_RUNS to "
-                                 "a folder on a larger disk")
-            write_atomically(path, json.dumps(config, indent=2))
-        except OSError as error:
-            raise ValueError(f"cannot write into {self.folder}: {error.strerror}") from None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        needed = parameters * 3 * 4  # float32 weights and AdamW's two moments
+        if free < needed:
+            raise ValueError(f"{self.folder} has {free / 1e9:.2f} GB free, but a checkpoint takes "
+                             f"{needed / 1e9:.2f} GB: free some space, or set SA_RUNS to a folder "
+                             "on a larger disk")
+        write_atomically(path, json.dumps(config, indent=2))
         self.logs = {name: open(self.folder / name, "a", encoding="utf-8") for name in LOGS}
 
-    def rewind(self) -> None:
+    def rewind(self):
         """Take up the newest checkpoint, if there is one, and drop what was logged after it."""
         self.checkpoint = self.newest_checkpoint()
         state = {"step": 0, "log_bytes": dict.fromkeys(LOGS, 0)}
@@ -170,19 +167,15 @@ class Run:
         else:
             say(f"{self.folder} has no checkpoint yet: starting at the first step")
         self.step = state["step"]
-        for stale in self.folder.glob("*.tmp"):  # a kill while a checkpoint is written leaves one
-            shutil.rmtree(stale)
         for name, size in state["log_bytes"].items():
             if (self.folder / name).exists():
                 os.truncate(self.folder / name, size)
 
-    def on_signal(self, number, frame) -> None:
+    def on_signal(self, number, frame):
         if self.stop_signal is not None:  # the second time: at once
             raise SystemExit(128 + number)
         self.stop_signal = number
-        name = signal.Signals(number).name
-        print(f"\n{name}: finishing this step, then saving (again to stop at once)",
-              file=sys.stderr)
+        say(f"{signal.Signals(number).name}: finishing this step, then saving (again to stop now)")
 
     def steps(self, title: str) -> Iterator[int]:
         """The steps that are left, with a bar; ends after the step in which a signal came."""
@@ -196,13 +189,13 @@ class Run:
                 break
         self.bar.close()
 
-    def lap(self, name: str) -> None:
+    def lap(self, name: str):
         """Log the seconds since the last lap, or since the step began, as seconds_NAME."""
         now = time.perf_counter()
         self.seconds[f"seconds_{name}"] = now - self.lap_start
         self.lap_start = now
 
-    def must_be_finite(self, what: str, value: Tensor, batch: list[Answer]) -> None:
+    def must_be_finite(self, what: str, value: Tensor, batch: list[Answer]):
         """End the run before a NaN or infinity reaches the weights; keep the batch to look at."""
         if torch.isfinite(value):
             return
@@ -215,12 +208,12 @@ class Run:
                          f"batch is in {path}, and the newest checkpoint is {newest}: try a lower "
                          "--lr")
 
-    def log(self, name: str, row: dict) -> None:
+    def log(self, name: str, row: dict):
         if self.is_main:
             self.logs[name].write(json.dumps(plain(row), ensure_ascii=False) + "\n")
             self.logs[name].flush()
 
-    def log_step(self, answers: list[Answer], means: Means, **own) -> None:
+    def log_step(self, answers: list[Answer], means: Means, **own):
         """Log the metrics of both scripts, those of one (`own`), and the answers. A collective."""
         means.add(peak_memory=torch.tensor(peak_memory(self.args.device)))
         metrics = describe(answers, means, self.args) | own | self.seconds
@@ -273,7 +266,7 @@ class Run:
         whole = [path for path in found if (path / "optimizer.safetensors").exists()]
         return whole[-1] if whole else None
 
-    def save(self, tokenizer, policy, optimizer, critic=None, critic_optimizer=None) -> None:
+    def save(self, tokenizer, policy, optimizer, critic=None, critic_optimizer=None):
         """Write step_XXXXXX/: a model folder, and what --resume needs; only the newest keeps that.
 
         PPO has a critic. A collective.
@@ -306,8 +299,8 @@ class Run:
                     older.unlink()
 
 
-def say(note: str) -> None:
-    print(f"note: {note}", file=sys.stderr)
+def say(note: str):
+    tqdm.write(f"note: {note}", file=sys.stderr)  # a bar goes on below it
 
 
 def plain(row: dict) -> dict:
@@ -317,10 +310,7 @@ def plain(row: dict) -> dict:
     return row | dict.fromkeys(infinite)
 
 
-# ---- checkpoints: whole tensors under their names, for any number of processes ----
-
-
-def warn_if_large(args, parameters: int, models: int) -> None:
+def warn_if_large(args, parameters: int, models: int):
     """Say what a step of a large model on a CPU will take. models: 2 if a critic is trained too."""
     if args.device != "cpu" or parameters < 50e6:
         return
@@ -335,7 +325,10 @@ def warn_if_large(args, parameters: int, models: int) -> None:
         "--max-new-tokens make it shorter")
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+# ---- checkpoints: whole tensors under their names, for any number of processes ----
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path):
     """Write {name: tensor}. Rank 0 gathers and holds them all.
 
     torch.distributed.checkpoint is not used, because its metadata file is a pickle.
@@ -359,13 +352,13 @@ def adam_state(model, optimizer) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_parameters(path: Path, model) -> None:
+def load_parameters(path: Path, model):
     for name, p in model.named_parameters():
         load_into(path, name, p)
 
 
 @torch.no_grad()
-def load_optimizer(path: Path, model, optimizer) -> None:
+def load_optimizer(path: Path, model, optimizer):
     """Put what `adam_state` named back, bit for bit."""
     parameters = dict(model.named_parameters())
     with open_tensors(path) as file:
@@ -378,7 +371,7 @@ def load_optimizer(path: Path, model, optimizer) -> None:
         load_into(path, name, optimizer.state[p][key])
 
 
-def load_into(path: Path, name: str, place: Tensor) -> None:
+def load_into(path: Path, name: str, place: Tensor):
     """Copy a tensor of a safetensors file into `place`; of a sharded one this process's rows."""
     ours, first = own_rows(place)
     with open_tensors(path) as file:

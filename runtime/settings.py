@@ -28,10 +28,9 @@ CLUSTER = "Several GPUs: torchrun --standalone --nproc-per-node 8 SCRIPT ... (do
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are ValueErrors; `flag` shows the defaults of PAPER and TINY."""
 
-    def __init__(self, description: str, paper: dict | None = None, tiny: dict | None = None):
-        super().__init__(description=description, epilog=CLUSTER, allow_abbrev=False,
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.paper, self.tiny = paper, tiny
 
     def error(self, message: str):
         raise ValueError(message)
@@ -44,7 +43,7 @@ class Parser(argparse.ArgumentParser):
                 raise ValueError(f"{flag} {OLD_FLAGS[flag]}")
         return super().parse_args(argv)
 
-    def flag(self, name: str, kind, text: str, **options) -> None:
+    def flag(self, name: str, kind, text: str, **options):
         """Declare a flag whose default the script's dictionaries hold."""
         key = name[2:].replace("-", "_")
         default = self.paper[key]
@@ -95,7 +94,8 @@ def data_names(text: str) -> str:
 
 def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
     """The flags that both training scripts have, in the same words."""
-    parser = Parser(description, paper, tiny)
+    parser = Parser(description)
+    parser.epilog, parser.paper, parser.tiny = CLUSTER, paper, tiny
     add, flag = parser.add_argument, parser.flag
     add("--model", type=model_name, help="a model folder, or a name: tiny (embedded), qwen-0.5b, "
         "qwen-1.5b, qwen3-1.7b, qwen3-4b, phi-3.5-mini, gemma3-1b, smollm2-135m, or owner/name on "
@@ -167,7 +167,7 @@ def parse(parser: Parser, algorithm: str, argv: list[str] | None = None) -> argp
     return args
 
 
-def take_saved_settings(args: argparse.Namespace, algorithm: str) -> None:
+def take_saved_settings(args: argparse.Namespace, algorithm: str):
     """--resume: fill `args` from the run's config.json. Refuses a flag that changes the run."""
     if not args.name:
         raise ValueError(f"--resume needs --name NAME, a folder in {runs.RUNS}")

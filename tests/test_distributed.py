@@ -360,7 +360,7 @@ def test_two_nodes(reference, tmp_path):
     shown = [node.communicate(timeout=240) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], shown
     assert_same(reference / "grpo", tmp_path / "nodes")
-    assert sum("SA-GRPO: 100%" in err for _, err in shown) == 1
+    assert sum("GRPO with reward sar: 100%" in err for _, err in shown) == 1
     assert sum("metrics.jsonl" in out for out, _ in shown) == 1
     assert (tmp_path / "nodes" / "process_1.log").exists()
     assert not (tmp_path / "nodes" / "process_0.log").exists()

@@ -504,7 +504,7 @@ def test_bad_folders_say_so(tmp_path):
         says(ValueError, words)
     for broken in (whole[:-100], whole[:50], b"", b"\xff" * 64, b"version https://git-lfs\noid"):
         file.write_bytes(broken)
-        says(ValueError, "is truncated or not a safetensors file")
+        says(ValueError, "is truncated or no safetensors file")
     file.unlink()
     says(FileNotFoundError, "model.safetensors is missing")
     for text, words in (

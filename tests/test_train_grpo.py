@@ -389,7 +389,7 @@ def test_bad_models(runs, capsys, tmp_path):
 def test_unwritable_and_full_disks(runs, capsys, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(runs_module, "RUNS", tmp_path / "file")
-    assert "cannot write into" in fails(capsys)
+    assert "Not a directory: " in fails(capsys)
     monkeypatch.setattr(runs_module, "RUNS", tmp_path / "full")
     usage = SimpleNamespace(free=10)
     monkeypatch.setattr(runs_module.shutil, "disk_usage", lambda path: usage)
