@@ -17,10 +17,10 @@ BUDGETS = {  # lines at most: of a file, or of all files of a folder together
     "sar.py": 340,
     "rollout.py": 360,
     "model.py": 600,
-    "verify.py": 1950,
+    "verify.py": 1880,
     "evaluate.py": 240,
     "kernels.py": 110,
-    "runtime": 650,
+    "runtime": 990,  # the plan was 650: answers, batches and metrics came here from the scripts
     "data": 1050,
 }
 NOT_CORE = ("data/make_tiny.py", "data/tiny_world.py")

@@ -128,7 +128,7 @@ def download_lock(path: Path) -> Iterator[None]:
 
 
 def download_model(repo: str, target: Path):
-    """Download a model into `target`, which appears whole or not at all. Until then the files gather
+    """Download a model into `target`, which appears whole or not at all. Before, the files gather
     in .NAME.partial, where an interrupted download goes on. Raises OSError, or ValueError where
     what came is no whole model."""
     partial = target.with_name(f".{target.name}.partial")
