@@ -39,7 +39,7 @@ COLUMNS = {  # of a table: the head, and how a cell is written
     "accuracy": "{accuracy:.1%} [{accuracy_low:.1%}, {accuracy_high:.1%}]",
     "by last number": "{last_number:.1%} [{last_number_low:.1%}, {last_number_high:.1%}]",
     "tokens: mean / median / p95": "{length:.1f} / {length_median:.0f} / {length_p95:.0f}",
-    "if right / wrong": "{length_correct:.1f} / {length_wrong:.1f}",
+    "if right / wrong": "{length_correct!s:.6} / {length_wrong!s:.6}",  # may be NaN, in a log None
     "unfinished": "{unfinished:.1%}", "unparsed": "{unparsed:.1%}", "AES": "{score}"}
 
 

@@ -68,7 +68,8 @@ class Critic(torch.nn.Module):
     def __init__(self, body: GPT):
         super().__init__()
         self.body = body
-        self.head = torch.nn.Parameter(body.norm.new_zeros(body.config.width))  # (D,)
+        head = torch.zeros(body.config.width, dtype=body.norm.dtype, device=body.norm.device)
+        self.head = torch.nn.Parameter(head)  # (D,)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.body(tokens)
