@@ -21,6 +21,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 
 NAMES = (
@@ -172,10 +173,11 @@ def stories(seed: int, *, test: bool = False) -> Iterator[Story]:
             yield story
 
 
-def tiny_problems(split: str) -> list[tuple[str, str]]:
+@cache
+def tiny_problems(split: str) -> tuple[tuple[str, str], ...]:
     """SIZES[split] pairs of question and answer; those of "test" were never trained on."""
     chosen = islice(stories(1, test=split == "test"), SIZES[split])
-    return [(story.question, story.answer) for story in chosen]
+    return tuple((story.question, story.answer) for story in chosen)
 
 
 def training_texts(seed: int) -> Iterator[tuple[str, str]]:

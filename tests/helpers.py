@@ -1,10 +1,13 @@
 """What several test files of whole runs share."""
 import json
+import os
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+slow = pytest.mark.skipif(not os.environ.get("SA_SLOW"), reason="SA_SLOW=1 runs it")
 TIMES = {"seconds_sampling", "seconds_scoring", "seconds_update", "peak_memory_gb"}
 
 KILL = """

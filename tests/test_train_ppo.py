@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import KILL, ROOT, lines, metrics, recorded_gradients
+from helpers import KILL, ROOT, lines, metrics, recorded_gradients, slow
 from safetensors.torch import load_file
 
 import train_sa_grpo
@@ -147,6 +147,7 @@ def assert_same_run(a, b, step):
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one), name
 
 
+@slow
 def test_killed_and_resumed_equals_undisturbed(runs):
     """Policy, critic, both optimizers, logs; killed between files of the second checkpoint."""
     env = os.environ | {"SA_RUNS": str(runs), "OMP_NUM_THREADS": str(torch.get_num_threads())}
