@@ -211,7 +211,7 @@ def test_extreme_raggedness(tmp_path, rng):
     """Answers of 1 to 200 tokens, micro-batches from one answer to all, more processes than
     answers, one slot: no process waits for ever, and every token is that of one process."""
     jobs = []
-    for i in range(6):
+    for i in range(4):
         prompts = rng.choice([1, 2, 5, 7])
         flags = {"--prompts-per-step": prompts, "--minibatch": rng.choice([1, prompts]),
                  "--samples": rng.choice([2, 3, 5]), "--eval-every": 0, "--steps": 1,
@@ -226,7 +226,7 @@ def test_extreme_raggedness(tmp_path, rng):
     (tmp_path / "many").mkdir()
     alone(jobs, tmp_path / "one")
     torchrun(3, WORKER, json.dumps(jobs), folder=tmp_path / "many")
-    for i in range(6):
+    for i in range(4):
         a, b = (lines(tmp_path / n / f"r{i}" / "completions.jsonl") for n in ("one", "many"))
         assert [x["tokens"] for x in a] == [x["tokens"] for x in b]
 
