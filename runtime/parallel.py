@@ -196,9 +196,9 @@ class Answer:
     frozen: Tensor = None  # (len,) log P(a_j | q, a_<j) of the frozen start
     values: Tensor = None  # (len,) of PPO's critic
     verdict: Verdict = None
-    r_sa: Tensor = None  # () as all that follow, but
-    reward: Tensor = None
-    advantage: Tensor = None  # (len,) in PPO: every token has its own
+    r_sa: Tensor = None  # ()
+    reward: Tensor = None  # ()
+    advantage: Tensor = None  # (); in PPO (len,), because every token has its own
     returns: Tensor = None  # (len,) what PPO's critic learns
 
 
