@@ -1,81 +1,61 @@
 r"""Does a response end in the right answer? Extraction, equivalence, and the verdict that becomes
 the reward R_VR.
 
-    judge(response, reference) -> Verdict(reward, answer, status)
+    judge(response, reference, verifier) -> Verdict(reward, answer, status)
     extract_answer(response) -> str | None
     is_equivalent(prediction, reference) -> bool
 
-Text goes through four small machines: a tokenizer (_tokens), a recursive-descent parser (_Parser),
-an evaluator in two kinds of arithmetic (_exact, _value) and a comparison of parsed answers (_same).
-Nothing is ever executed, every size is bounded by a constant below, and no regular expression can
-backtrack over more than a bounded stretch. The rules below are the verifier "strict".
+An answer goes through tokens (_tokens), a parser (_Parser), values (_value) and a comparison
+(_same). Nothing is ever executed, and every size is bounded by a constant below.
 
-Where the final answer of a response is (extract_answer). The first rule that applies decides:
+Only what a response commits itself to earns reward. The first rule that applies decides:
 
-  R0  Only what follows the last </think> counts; if a <think> was never closed there is no answer.
-  R1  The last \boxed{...} or \fbox{...} that is not blank. If it is never closed the response was
-      cut off: no answer.
-  R2  The last statement "answer is ...", "answers are ...", "answer: ...", "answer = ...", or what
-      follows a line that says only (Final) Answer: the formula if it begins with a math delimiter,
-      else the words up to the end of the sentence or up to because, since, so, which, as. If
-      nothing follows, the response was cut off: no answer.
+  R0  Only what follows the last </think> counts; a <think> never closed: no answer.
+  R1  The last \boxed{...} or \fbox{...} that is not blank; never closed means cut off: no answer.
+      Boxes with fewer than five words or a hedge (or, maybe, ...) in between are one list; a
+      correction (wait, actually, ...) in between leaves the last one alone.
+  R1b The last <answer>...</answer>.
+  R2  What follows the last "answer is", "answer:", "answer =" or a line that begins with (Final)
+      Answer; or stands before "is our answer": the formula if one follows, else the words up to the
+      end of the sentence or a reason (because, since, so, which, as). If they are not one answer,
+      the last side of the line's last chain of =; else the one bold text, number or formula in the
+      sentence; else what follows its last is, are, equals; none if it doubts (not, maybe, or, ...).
   R3  The last line that begins with #### and a number (how GSM8K writes it).
-  R4  The whole response, if it is one line and a single word or without ordinary words.
-  R5  The last number.
-  R6  None.
+  R4  The whole response, if it is one line and a single word or without ordinary words. Headings
+      and lines that mention an empty box do not count. R6 Else none: numbers alone are no answer.
 
-When two answers are equal (is_equivalent). It is symmetric, and there is no tolerance anywhere:
+The verifier "last-number" is the rule of the paper's public code instead, with its faults: the last
+-?(\d+\.?\d*|\.\d+) or plain \frac{a}{b} anywhere. "1,234" is 234, "3/4" is 4, \dfrac{1}{2} is 2.
+
+When two answers are equal (is_equivalent). It is symmetric, and there is no tolerance:
 
   P1  The value counts, not the form: 2/4 is 1/2, \sqrt{8} is 2\sqrt{2}, (x+1)^2 is x^2+2x+1.
-  P2  A rounded decimal is not the exact value: 0.33 is not 1/3. Terminating decimals are exact
-      rationals.
-  P3  A unit or counted noun on one side only is ignored; two units must be the same one, however
-      spelled.
+  P2  A rounded decimal is not the exact value: 0.33 is not 1/3. Terminating decimals are exact.
+  P3  A unit or noun on one side only is ignored; two must be the same one, however spelled.
   P4  Degree signs are units (but sin 30° is the sine of an angle in degrees).
-  P5  n% is n/100. A percent sign on one side only may also stand for nothing: 28% against 28.
-  P6  Lists with commas, semicolons, and, or are unordered, with or without braces. (1, 2) is
-      ordered and never a set.
-  P7  A name in front (x =, f(x) =, (x, y) =, x \in) on one side only is ignored. 2x + z = 1 is
-      not 1.
-  P8  Text: case, \text wrappers, blanks, periods, and parentheses round one letter do not matter.
+  P5  n% is n/100; a percent sign on one side only may also stand for nothing: 28% against 28.
+  P6  Lists (, ; and or) are unordered, with or without braces. (1, 2) is ordered, never a set.
+  P7  A name in front (x =, f(x) =, p+q =, \angle ABC =, x \in) on one side only is ignored; a side
+      with a variable and a digit makes an equation. 12 * 4 = 48 is 48 if every link holds, and
+      unreadable if one does not. a \approx b states a.
+  P8  Text: case, \text wrappers, blanks, periods, (B) for B do not matter. A) 12 cm is choice A.
   P9  The brackets of a matrix do not matter, its shape and entries do.
   P10 An inequality in one variable is the interval it describes.
   P11 Equations are equal if terms are moved or both sides multiplied by a nonzero constant.
-  P12 a \pm b is the two values.
-  P13 A numeral's base must agree where both sides show one: 52_8 is not 52_7.
-  P14 Variables keep their case and their names: 3r is neither 3R nor 3s.
-  P15 Digits may be grouped in threes by a comma, {,}, \, or ,\! and by a blank.
+  P12 a \pm b is the two values. P13 A base must agree where both sides show one: 52_8, 52_7.
+  P14 Variables keep their case and names. P15 Digits may be grouped in threes: 1,234 is 1234.
   P16 Left-over \boxed, $ and \( \) wrappers are ignored.
-  Roots are principal, except that odd roots of negative numbers are real; \sin^{-1} is the inverse
-  function; log alone is to base 10; i, e and pi are constants. Expressions in variables must agree
-  for negative values too: \sqrt{x^2} is |x|, not x. What cannot be read is equal only to the same
-  spelling, and nothing undefined (1/0) equals anything else.
-
-What earns no reward although the right number may be in it (judge):
-
-  G1  No answer, or a blank one. Nothing that is only in an unfinished <think>, or in a box that
-      was cut off.
-  G2  A last number (R5) that ends a list of numbers: nobody has committed to it. Lists under R1 to
-      R4 are lists (P6).
-  G3  Boxes side by side, with fewer than five words or a hedge (or, maybe, another, ...) in
-      between, count together as one list; a correction (wait, wrong, actually, ...) or more words
-      in between leaves the last one alone.
-  G4  A last number (R5) in or before a question or a task ("Find ...", "Compute ..."): the problem
-      repeated.
-  G5  A choice (A to E, True, False) needs R1 to R4 or words that state it ("is False",
-      "option B"), last one counts.
-  G6  A longer number that contains the reference: values are compared, never substrings. Likewise
-      a last number (R5) inside a formula is not the answer, but what the formula's last side says:
-      "is $3\sqrt{13}$." does not state 13.
+  Nothing undefined or infinite (1/0, \tan 90°) equals anything, whatever stands beside it. Ratios
+  with a zero and times of day (11:00) equal their own spelling only, and so does what cannot be
+  read. Roots are principal, but odd roots of negative numbers are real; \sin^{-1} is the inverse;
+  log alone is to base 10; i, e and pi are constants; \sqrt{x^2} is |x|, not x.
 """
-
 import decimal
 import itertools
 import logging
 import math
 import random
 import re
-import string
 from contextvars import ContextVar
 from decimal import Decimal
 from fractions import Fraction
@@ -84,13 +64,12 @@ from typing import NamedTuple
 STATUSES = ("correct", "wrong", "no_answer", "unparsed", "error")
 VERIFIERS = ("strict", "last-number")
 
-# Bounds. All of them are sizes, none is a clock, so a verdict is the same on every machine.
+# Bounds: sizes, no clock, so that a verdict is the same on every machine.
 MAX_ANSWER = 1000          # characters; a longer "answer" is never read as mathematics
 MAX_TOKENS = 400           # of one answer
 MAX_DEPTH = 25             # groups, fractions, roots and exponents inside one another
 MAX_EXPONENT = 2000        # decimal digits, of 1e2000
 MAX_BITS = 8000            # of an exact number
-MAX_TERMS = 200            # of an exact polynomial
 MAX_WORK = 6000            # steps of arithmetic for one verdict, about a microsecond each
 
 log = logging.getLogger(__name__)
@@ -106,165 +85,217 @@ class Verdict(NamedTuple):
 def judge(response: str, reference: str, verifier: str = "strict") -> Verdict:
     """Does the response commit itself to the reference answer?
 
-    verifier: "strict" as documented above, or "last-number", the paper's rule: the last number or
-    fraction anywhere. Raises ValueError for another verifier, and nothing else: a failure of ours
-    is logged and has the status "error".
+    reference: an answer, or a worked solution that ends in one.
+    Raises ValueError for an unknown verifier, and nothing else: a failure of ours is logged and
+    has the status "error".
     """
     if verifier not in VERIFIERS:
         raise ValueError(f"unknown verifier {verifier!r}: choose one of {', '.join(VERIFIERS)}")
     try:
-        answer = (last_number(response) if verifier == "last-number"
-                  else _committed_answer(response, reference))
+        answer = extract_answer(response) if verifier == "strict" else last_number(response)
         if answer is None:
             return Verdict(0.0, None, "no_answer")
-        if is_equivalent(answer, reference):
+        if is_equivalent(answer, final_answer(reference)):
             return Verdict(1.0, answer, "correct")
-        return Verdict(0.0, answer, "wrong" if len(answer) <= MAX_ANSWER and _readings(answer)
-                       else "unparsed")
+        kind = _kind_of(answer)
+        unparsed = kind is None or kind == "text" and len(answer.split()) > 5
+        return Verdict(0.0, answer, "unparsed" if unparsed else "wrong")
     except Exception:  # a bug must not look like a wrong answer, nor stop a run
-        log.exception("verify.judge failed on the response %.200r with the reference %.200r",
-                      response, reference)
+        log.exception("verify.judge failed on %.200r, reference %.200r", response, reference)
         return Verdict(0.0, None, "error")
 
 
-# --------------------------------------------------------------------------------------- extraction
+def final_answer(reference: str) -> str:
+    """The answer that a worked solution ends in, by R1 to R3; any other text as it is."""
+    worked = "\n" in reference.strip() or _COMMITS.search(reference[-MAX_ANSWER:])
+    return (extract_answer(reference) if worked else None) or reference
 
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-_NUMBER = re.compile(rf"(?:(?<![\w)}}\]])[-+\u2212])?(?:\\?\$)?"
-                     rf"(?:\\[dtc]?frac\s?\{{\s?-?{_DIGITS}\s?\}}\s?\{{\s?-?{_DIGITS}\s?\}}"
-                     rf"|{_DIGITS}(?:\s?/\s?{_DIGITS})?)"
-                     rf"(?:\s?\\?%)?")
-_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,20}")
+
+def kind_of(answer: str) -> str | None:
+    """What the answer is read as: a "value", a "choice", "text", or None: it cannot be read."""
+    _work_left.set(MAX_WORK)
+    return _kind_of(answer)
+
+def _kind_of(answer):
+    try:
+        readings = _readings(answer) if len(answer) <= MAX_ANSWER else []
+    except _Undefined:  # out of work
+        return None
+    if _LABEL.fullmatch(answer) or (readings and _text(answer) in _CHOICES):
+        return "choice"
+    return readings and ("text" if _kind(readings[0]) == "text" else "value") or None
+
+
+# ---- extraction ----
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s{0,20}")
+_UNBRACED = re.compile(r"[-+\u2212]?[0-9][0-9,]*(?:\.[0-9]+)?|\\?[A-Za-z]+(?:\{[^{}]{0,99}\}){0,2}")
 _BLANK_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,20}\{\s*\}")
-_UNBRACED = re.compile(r"[-+\u2212]?[0-9][0-9,]*(?:\.[0-9]+)?"
-                       r"|\\?[A-Za-z]+(?:\{[^{}]{0,99}\}){0,2}|[^\s{}$.,;]")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_MARKER = re.compile(r"(?<!/)\banswers?[*_`\"'\s]{0,8}(?:\bis\b|\bare\b|:|=)"
-                     r"|^[#>*_ \t]{0,12}(?:the\s)?(?:final\s)?answers?[*_ \t]{0,8}$",
-                     re.IGNORECASE | re.MULTILINE)
-_SENTENCE_END = re.compile(r"[.!?](?=[\s*\"'\u201d)_`\]]|$)|(?<=[0-9])\.(?=[A-Z])|;(?=\s|$)"
-                           r"|(?<![,\s])[,\s]{1,20}(?:because|since|so|which|as)\b", re.IGNORECASE)
-_HASHES = re.compile(r"^####[ \t]*([-+\u2212]?(?:\\?\$|[\u20ac\u00a3])?"
-                     r"[-+\u2212]?\.?[0-9][^\n]{0,200})", re.MULTILINE)
-_LEAD = re.compile(r"^\s*(?:therefore|thus|hence|simply|just|equal to|approximately)\s",
-                   re.IGNORECASE)
-_BOLD_END = re.compile(r"(?:\*\*|__)(?=[\s.,;]|$)")
-_CALCULATION = re.compile(r"<<[^<>]*>>")                            # GSM8K's calculator marks
+_BRACE = re.compile(r"\\.|[{}]", re.S)
+_ASIDE = re.compile(r"^(?:#.*|.*\\(?:boxed|fbox)\s{0,20}(?:\{\s*\}.*)?)$", re.M)
+_MARKER = re.compile(
+    r"(?<!/)\banswers?(?:[*_`\"'\s]{0,8}(?::|=|\b(?:is|are|(?:seems?\sto|should|must|will)\sbe)\b)"
+    r"|\s(?:to|for|of)\s[^.:=\n]{1,60}?\s(?:is|are)\b)"
+    r"|^[^\w\n]{0,12}(?:the\s)?(?:final\s)?answers?[*_ \t]{0,8}(?=$|[-0-9$\\(])", re.I | re.M)
+_NUMBER = (r"(?<![\w.,^_\\])[-\u2212]?(?:\\?\$|[\u20ac\u00a3])?[-\u2212]?"
+           r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+           r"(?:\s?/\s?[0-9]+)?(?:\s?\\?%)?(?![0-9^!]|[A-Za-z](?![A-Za-z])|[,.:/][0-9])"
+           r"(?:\s(?:[a-z]{1,9}ths?|hal(?:f|ves)|thirds?|quarters?|thousand|hundred|[mbtr]+illion)"
+           r"\b)?")
+_FORMULA = (r"\$\$[^$]{1,999}\$\$|\\\[.{1,999}?\\\]|\\\(.{1,999}?\\\)"
+            r"|\$(?!\s)[^$\n]{1,300}(?<![\s\\])\$(?![0-9])")         # but $5 and $6 are prices
+_VALUE = re.compile(f"{_FORMULA}|{_NUMBER}", re.S)
+_BOLD = re.compile(r"(?:\*\*|__)([^*_\n]{1,200})(?:\*\*|__)")
+_OURS = re.compile(r"\s(?:is|are)\s(?:our|the|my)\s(?:final\s|correct\s)?answers?\b", re.I)
+_SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)[.!?](?=[\s*\"'\u201d)_`\]]|$)"
+                           r"|(?<=[0-9])\.(?=[A-Z])|;(?=\s|$)")
+_REASON = re.compile(r"[,\s]{1,20}(?:because|since|so|which|as)\b", re.I)
+_PREFACE = re.compile(r"^(?:(?:if|since|because|as|when|after)\b[^,]{0,300},\s){1,3}", re.I)
+_MAYBE = r"(?:\b(?:not|never|maybe|perhaps|possibly|either)\b|n['\u2019]t\b)"
+_DOUBT = re.compile(rf"{_MAYBE}|\b(?:neither|nor|no|none|without|cannot|or|might|could|between"
+                    r"|unknown|impossible|unclear)\b|\b(?:more|less|greater|fewer|at least|at most"
+                    r"|up to)\s(?:than\s)?\$?[0-9]", re.I)
+_DENIED = re.compile(rf"{_MAYBE}\s(?:be\s)?\W*[0-9][^A-Za-z]*$|^\W*{_MAYBE}", re.I)
+_STATES = re.compile(r".*\b(?:is|are|was|be|equals|equal to|option|choice)\b", re.I)
+_HASHES = re.compile(r"^####[ \t]*([-+\u2212$\\\u20ac\u00a3.]{0,4}[0-9][^\n]{0,200})", re.M)
+_COMMITS = re.compile(r"\\f?box(ed)?\b|</answer>|^####|\banswers?(\sis\b|\sare\b|:)", re.I | re.M)
+_LEAD = re.compile(r"^\s*(?:therefore|thus|hence|simply|just|equal to|approximately)\s", re.I)
+_CALCULATION = re.compile(r"<<[^<>\n]{0,200}>>")                    # GSM8K's calculator marks
 _WORD = re.compile(r"\\text\s?\{[^{}]*\}|\\[A-Za-z]+|[^\W\d_]{2,}")
-_DELIMITERS = (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"), ("$", "$"))
-_QUOTES = (('"', '"'), ("'", "'"), ("`", "`"), ("\u201c", "\u201d"))
-
-
-def extract_answer(response: str) -> str | None:
-    """The final answer of a response by the rules R0 to R6, or None."""
-    return _locate(_after_thinking(response))[0]
+_HEDGE = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively|another|could|might)\b", re.I)
+_CORRECTION = re.compile(r"\b(?:wait|no[,.]|wrong|actually|corrected|correction|mistake|instead"
+                         r"|sorry|oops)(?!\w)", re.I)
+_PAIRS = list(zip(r"""$$ \[ \( $ " ' ` “""".split(), r"""$$ \] \) $ " ' ` ”""".split()))
+_PAPER = re.compile(r"\\frac\{[^{}]*\}\{[^{}]*\}|-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 
 
 def last_number(text: str) -> str | None:
-    """The last number anywhere: sign, commas, decimals, a/b, \\frac{a}{b}, percent sign (R5)."""
-    return _last_number(text)[0]
+    r"""The last number or plain \frac{a}{b} anywhere: the rule of the paper's public code."""
+    found = _last(_PAPER, text)
+    return found and found[0]
 
 
-def _after_thinking(response):
-    """R0: what follows the last finished <think> block; nothing where one was left open."""
+def extract_answer(response: str) -> str | None:
+    """The answer that a response commits itself to, by the rules R0 to R6, or None."""
+    _work_left.set(MAX_WORK)
     text = response.rpartition("</think>")[2]
-    return "" if "<think>" in text else text
-
-
-def _locate(text):
-    """(the answer, where it starts, the rule that found it), by R1 to R6 in that order."""
-    boxes = _last_boxes(text, 1)
-    if boxes:
-        return *boxes[0][:2], "box"
-    marker = None
-    for marker in _MARKER.finditer(text):  # noqa: B007
-        pass
+    if "<think>" in text:
+        return None
+    if (boxed := _boxed(text)) is not None:
+        return boxed or None
+    before, closed, _ = text.rpartition("</answer>")
+    if closed and "<answer>" in before:
+        return _statement(before.rpartition("<answer>")[2]) or None
+    marker, ours = _last(_MARKER, text), _last(_OURS, text)
+    if ours and (marker is None or ours.end() >= marker.start()):
+        before = text[max(0, ours.start() - 300):ours.start()]
+        value = _last(_BOLD, before) or _last(_VALUE, before)
+        return _trim(value[0]) if value and value.end() == len(before) else None
     if marker:
-        return _statement(text, marker.end()) or None, marker.end(), "statement"
-    hashes = None
-    for hashes in _HASHES.finditer(text):  # noqa: B007
+        return _statement(text[marker.end():marker.end() + 2 * MAX_ANSWER]) or None
+    if hashes := _last(_HASHES, text):
+        return _trim(hashes[1])
+    bare = _ASIDE.sub("", text).strip()
+    if len(bare) > MAX_ANSWER or "\n" in bare or len(bare.split()) > 1 and any(
+            word[0] != "\\" for word in _WORD.findall(bare)):
+        return None
+    return _trim(bare) or None
+
+def _last(pattern, text):
+    """The last match, or None."""
+    found = None
+    for found in pattern.finditer(text):  # noqa: B007
         pass
-    if hashes:
-        return _trim(hashes[1]), hashes.start(), "hashes"
-    bare = _BLANK_BOX.sub("", text).strip()
-    if 0 < len(bare) <= MAX_ANSWER and "\n" not in bare and (
-            not re.search(r"\s", bare) or all(word[0] == "\\" for word in _WORD.findall(bare))
-            ) and _trim(bare):
-        return _trim(bare), 0, "bare"
-    return *_last_number(text), "number"
+    return found
 
-
-def _last_boxes(text, count):
-    """R1: up to `count` boxes from the end, as (content, start, end).
-
-    None is the content of a box never closed. Blank boxes do not count. Only the last 50 boxes and
-    MAX_ANSWER characters of each are looked at.
-    """
-    boxes, limit = [], len(text)
-    for _ in range(50):
-        start = limit = max(text.rfind("\\boxed", 0, limit), text.rfind("\\fbox", 0, limit))
-        if start < 0 or len(boxes) == count:
+def _boxed(text):
+    """R1: the last boxes that belong together, as a list; blank if cut off; None without a box."""
+    answers, start, limit = [], 0, len(text)
+    for _ in range(50):  # and no more are looked at
+        begin = limit = max(text.rfind("\\boxed", 0, limit), text.rfind("\\fbox", 0, limit))
+        content, end = _box_content(text, begin) if begin >= 0 else ("", 0)
+        if content is None and not answers:
+            return ""
+        if content == "" or (answers and end > start):              # blank, or round the last box
+            continue
+        gap = text[end:start] if answers else ""
+        many_words = len(_WORD.findall(gap[:200])) >= 5 and not _HEDGE.search(gap)
+        if content is None or len(gap) > 200 or many_words or _CORRECTION.search(gap):
             break
-        opening = _BOX.match(text, start)
-        content = end = None
-        if text.startswith("{", opening.end()):
-            depth = 0
-            for brace in _BRACE.finditer(text, opening.end(), opening.end() + MAX_ANSWER):
-                depth += {"{": 1, "}": -1}.get(brace[0], 0)
-                if depth == 0:
-                    content = _trim(_BLANK_BOX.sub("", text[opening.end() + 1:brace.start()]),
-                                    prose=False)
-                    end = brace.end()
-                    break
-        elif unbraced := _UNBRACED.match(text, opening.end()):      # \boxed 5
-            content, end = unbraced[0], unbraced.end()
-        if content != "":
-            boxes.append((content, start, end))
-        if content is None:
-            break
-    return boxes
+        answers.append(content)
+        start = begin
+    return ", ".join(dict.fromkeys(reversed(answers))) if answers else None
 
+def _box_content(text, begin):
+    """What the box that begins here holds, and where it ends; None if it is never closed."""
+    opening = _BOX.match(text, begin)
+    depth, inside = 0, opening.end() if opening else begin
+    if not text.startswith("{", inside):                            # \boxed 5
+        unbraced = opening and _UNBRACED.match(text, inside)
+        return (unbraced[0], unbraced.end()) if unbraced else ("", inside)
+    for brace in _BRACE.finditer(text, inside, inside + MAX_ANSWER):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return _trim(_BLANK_BOX.sub("", text[inside + 1:brace.start()])), brace.end()
+    return None, inside
 
-def _statement(text, start):
-    """R2: what the text after a marker states."""
-    window = text[start:].lstrip("*_:= \t\r\n")[:MAX_ANSWER]
-    for left, right in _DELIMITERS:
-        if window.startswith(left):
-            close = window.find(right, len(left))
-            inner = window[len(left):close]
-            price = left == "$" and ("\n" in inner or inner != inner.strip()
-                                     or window[close + 1:close + 2].isdigit())
-            if close > 0 and inner.strip() and not price:
-                return _trim(inner, prose=False)
-            break
-    line = _BOLD_END.sub("", re.split(r"[\r\n]", window, maxsplit=1)[0])
-    stop = _SENTENCE_END.search(line)
-    return _trim(line[:stop.start()] if stop else line)
+def _statement(text):
+    """R2: what the text after a marker states, or a blank string."""
+    window = re.sub(r"^[*_:=\s]*(?:[-\u2022]\s+(?=[^\n]))?", "", text)[:MAX_ANSWER]
+    formula = re.match(_FORMULA, window, re.S)
+    if formula and formula[0].strip("$()[]\\ \n"):
+        return _trim(formula[0])
+    line = _PREFACE.sub("", _CALCULATION.sub("", re.split(r"[\r\n]", window, maxsplit=1)[0]))
+    end, reason = _SENTENCE_END.search(line), _REASON.search(line)
+    sentence = line[:end.start()] if end else line
+    clause = sentence[:reason.start()] if reason else sentence
+    cuts = (len(clause), len(sentence), sentence.find(", "), sentence.rfind(", "))
+    for cut in dict.fromkeys(cuts):
+        part, rest = _trim(sentence[:max(0, cut)]), sentence[cut:]
+        kind, head = _kind_of(part), re.split(r"[0-9]", part)[0]
+        words = [w for w in _WORD.findall(head) if w[0] != "\\" and w not in _PLAIN]
+        plain = not words or (head == sentence and len(words) <= 3)  # no words before its number
+        lost = head == part != sentence or (cut != len(clause) and re.search(r"[0-9]", rest))
+        if kind == "choice" or (kind == "value" and plain and not lost):
+            return part
+    return _stated(line, clause) or _trim(clause)
 
+def _stated(line, sentence):
+    """The value that a line of words states, or None."""
+    before, chain, side = line.rpartition("=")
+    if chain:
+        end = _SENTENCE_END.search(side)
+        side = _trim(side[:end.start()] if end else side)
+        value = _VALUE.match(side)
+        if _DENIED.search(before) or (value and _DOUBT.match(side, value.end() + 1)):
+            return None
+        if _kind_of(side) == "value":
+            return side
+        sentence = value[0] if value else side
+    elif _DOUBT.search(sentence):
+        return None
+    for pattern in (_BOLD, _VALUE):
+        found = {_trim(match[0]) for match in pattern.finditer(sentence)}
+        if len(found) == 1:
+            return found.pop()
+    states = _STATES.match(sentence)
+    for side in (sentence[states.end():] if states else "", sentence.rpartition(" ")[2]):
+        kind = _kind_of(_trim(side))
+        if kind == "choice" or (states and kind == "value"):
+            return _trim(side)
+    return None
 
-def _last_number(text):
-    last = max(text.rfind(digit) for digit in "0123456789")
-    begin = max(0, last - 200)
-    number = None
-    for number in _NUMBER.finditer(text, begin, last + 8) if last >= 0 else ():  # noqa: B007
-        pass
-    if not number or 0 < begin == number.start():  # none, or one of more than 200 digits
-        return None, -1
-    return number[0].replace("\\$", "").replace("$", "").strip(), number.start()
-
-
-def _trim(value, prose=True):
+def _trim(value):
     """Without blanks, bold stars, paired quotes and delimiters, a lone $, final punctuation."""
     value = _LEAD.sub("", _CALCULATION.sub("", value))
     for _ in range(6):
         before = value
-        value = value.strip(" \t\r\n*_" if prose else " \t\r\n")
-        if value.endswith(tuple(".,;:!?" if prose else ".,;:")) and not value.endswith(".."):
+        value = value.strip(" \t\r\n*_")
+        if value.endswith((".", ",", ";", ":", "?")) and not value.endswith(".."):
             value = value[:-1]
-        for left, right in _DELIMITERS + _QUOTES:
+        for left, right in _PAIRS:
             inner = value[len(left):-len(right)]
-            if (value.startswith(left) and value.endswith(right) and len(value) > len(left)
-                    and left not in inner):
+            if value.startswith(left) and value.endswith(right) and inner and left not in inner:
                 value = inner
         if value.count("$") == 1 and "\\$" not in value:
             value = value.replace("$", "")
@@ -275,242 +306,117 @@ def _trim(value, prose=True):
     return value
 
 
-# --------------------------------------------------------------------------------------- commitment
-
-_HEDGE = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively|another|either|could|might)\b",
-                    re.IGNORECASE)
-_CORRECTION = re.compile(r"\b(?:wait|no[,.]|wrong|actually|corrected|correction|mistake|instead"
-                         r"|sorry|oops)(?!\w)", re.IGNORECASE)
-_LISTED = re.compile(r"[0-9)\]}%$](?:[ *_$]*(?:[,;|/]|\bor\b|\band\b|\bto\b)|[ \t])"  # 3, 4 or _
-                     r"[\s,;|*_$(\[]*(?:and|or)?[\s*_$(\[]*$"
-                     r"|(?:^|\n)[^\w\n]*[0-9][0-9.,/]*[^\w\n]*\n[^\w]*$")  # a lone number
-_START = r"""(?:^|\n|[.!?{}][$)\]*"']{{0,3}}\s)\s{{0,9}}"""  # of a sentence
-_TASK = re.compile(_START.format(":,")
-                   + r"(?:how many|how much|find|compute|calculate|determine|evaluate)\b|"
-                   + _START.format("") + r"(?:what|which|simplify|express|write|solve|give|answer|"
-                   r"enter|round|prove|show|state|convert|factor|expand)\b", re.IGNORECASE)
-_SENTENCE_START = re.compile(r"[.!?][$)\]*\"']{0,3}\s{1,9}(?=[A-Z$\\])|\n\s*\n")
-_CHOICES = ("a", "b", "c", "d", "e", "true", "false")
-_STATED = re.compile(r"\b(?:is|are|be|option|choice|choose|select|pick|therefore|thus|hence|so)\b"
-                     r"[\s,:]{1,3}(?:(?:that|it|is|the|statement|option|choice|definitely|clearly"
-                     r"|correct)\s){0,4}[*_`\"'(]{0,4}"
-                     r"(?:((?-i:[A-E]))|(true|false|yes|no))\b(?!\s+or\b)", re.IGNORECASE)
-
-
-def _committed_answer(response, reference):
-    """extract_answer, but only what the response commits itself to: G1 to G5."""
-    text = _after_thinking(response)
-    answer, start, rule = _locate(text)
-    if rule == "box" and answer is not None:                        # G3
-        return _boxes_together(text)
-    if rule != "number":
-        return answer
-    if _text(reference) in _CHOICES:                                # G5
-        stated = None
-        for stated in _STATED.finditer(text):  # noqa: B007
-            pass
-        return stated[1] or stated[2] if stated and "?" not in text[stated.end():] else None
-    if answer is None or _LISTED.search(text[max(0, start - 60):start]) or _is_problem(text, start):
-        return None
-    return _formula_around(text, start) or answer
-
-
-def _is_problem(text, start):
-    """G4: does a question or task end the text, from the sentence with the number at `start` on?"""
-    before = text[max(0, start - 500):start]
-    if re.search(r"=[\s$*\\(]{0,5}$", before) and len(text) - start < 40:        # ... = 42.
-        return "?" in text[start:]
-    begins = [match.end() for match in _SENTENCE_START.finditer(before)]
-    sentence = before[begins[-1] if begins else 0:] + text[start:start + 2000]
-    return "?" in text[start:] or bool(_TASK.search(sentence))
-
-
-def _formula_around(text, start):
-    """G6: the last side of the closed formula round the number at `start`.
-
-    None if there is no such formula, or if its last side cannot be read.
-    """
-    start += text[start] == "$"  # the number's $ may open a formula rather than name a price
-    for left, right in _DELIMITERS:
-        begin, end = (text.rfind(left, max(0, start - MAX_ANSWER), start),
-                      text.find(right, start, start + MAX_ANSWER))
-        inner = text[begin + len(left):end]
-        prose = left == "$" and any(word[0] != "\\" for word in _WORD.findall(inner))
-        if 0 <= begin and 0 <= end and right not in inner and not prose:
-            side = _trim(re.split(r"=|\\approx", inner)[-1], prose=False)
-            return side if _readings(side) else None
-    return None
-
-
-def _boxes_together(text):
-    """G3: the last box and those shortly before it, as one list of the different answers."""
-    (answer, start, _), *earlier = _last_boxes(text, 12)
-    answers = [answer]
-    for content, begin, end in earlier:
-        if content is None:
-            break
-        if end > start:                                             # a box round the box
-            continue
-        gap, start = text[end:start], begin
-        if len(gap) > 200 or _CORRECTION.search(gap) or (
-                len(_WORD.findall(gap)) >= 5 and not _HEDGE.search(gap)):
-            break
-        if content not in answers:
-            answers.append(content)
-    return ", ".join(answers[::-1])
-
-
-# -------------------------------------------------------------------------------------- equivalence
+# ---- equivalence ----
 
 _SIMPLE = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
-
 
 class _Unreadable(Exception):
     """Not an answer in the grammar below, or larger than the bounds above."""
 
-
 class _Words(Exception):
     """An ordinary word stands where a value should: the whole answer is text."""
-
 
 class _Undefined(Exception):
     """No value: 1/0, log 0, an overflow, or more work than one verdict may take."""
 
+def _need(holds, error=_Unreadable):
+    if not holds:
+        raise error
 
-class _Inexact(Exception):
-    """A value outside the exact arithmetic below: compare numerically instead."""
-
-
-class _TooLarge(_Inexact):
-    """Exact in principle, but beyond the bounds: no precision tells 2^100000 from 2^100000 + 1."""
-
-
-_work_left = ContextVar("_work_left")  # of this verdict, in steps of about a microsecond
-
+_work_left = ContextVar("_work_left", default=MAX_WORK)  # of this verdict, in steps
 
 def _spend(steps):
-    """Count the work of a verdict, which a clock would measure differently on every machine."""
-    left = _work_left.get() - steps
-    _work_left.set(left)
-    if left < 0:
-        raise _Undefined
+    """Count the work of a verdict."""
+    _work_left.set(_work_left.get() - steps)
+    _need(_work_left.get() >= 0, _Undefined)
 
 
 def is_equivalent(prediction: str, reference: str) -> bool:
-    """Do the two texts name the same answer, by P1 to P16?
-
-    Symmetric; never raises; bounded time and memory.
-    """
+    """Do the two texts name the same answer, by P1 to P16? Symmetric, never raises, bounded."""
     a, b = prediction.strip(), reference.strip()
-    if not a or not b:
-        return False
-    if a == b:
-        return True
-    if len(a) > MAX_ANSWER or len(b) > MAX_ANSWER:
-        return False
+    if a == b or max(len(a), len(b)) > MAX_ANSWER:
+        return a == b != ""
     if _SIMPLE.fullmatch(a) and _SIMPLE.fullmatch(b):  # the common case needs no parser
         return Fraction(a) == Fraction(b)
+    _work_left.set(MAX_WORK)
     try:
-        _work_left.set(MAX_WORK)
-        if _equal(a, b):
-            return True
-        label_a, label_b = _LABEL.fullmatch(a), _LABEL.fullmatch(b)  # "B) False" is B and is False
-        if bool(label_a) == bool(label_b):
-            return False
-        label, other = (label_a, b) if label_a else (label_b, a)
-        return _text(label[1]) == _text(other) or _equal(label[2], other)
-    except _Undefined:                                              # out of work
+        return _equal(a, b)
+    except _Undefined:  # out of work
         return False
 
-
 def _equal(a, b):
+    label_a, label_b = _LABEL.fullmatch(a), _LABEL.fullmatch(b)
+    if label_a or label_b:
+        return bool(_choices(a, label_a) & _choices(b, label_b))
     readings_a, readings_b = _readings(a), _readings(b)
     if any(_same(x, y) for x in readings_a for y in readings_b):
         return True
     if any(_kind(x) == "text" for x in readings_a + readings_b):
-        return _text(a) == _text(b)
+        return _text(a) == _text(b) != ""
     # outside the grammar: the same spelling
-    return not readings_a and not readings_b and _spelling(a) == _spelling(b)
+    return not readings_a and not readings_b and a.split() == b.split()
 
+def _choices(text, label):
+    """What an answer with a label names: B) 12 cm is b, B) False is b and false, B) C is none."""
+    rest = _text(label[2]) if label else _text(text)
+    if not label or rest in _CHOICES[:5]:
+        return set() if label else {rest}
+    return {_text(label[1]), _text(text), rest if rest in _CHOICES else _text(text)}
 
 def _readings(text):
-    """The ways to read an answer.
-
-    A comma may group digits or separate items (100,200), a letter may be a unit (10 m).
-    """
-    texts = [text, _LONE_UNIT.sub(r" \\text{\1}", text)] if _LONE_UNIT.search(text) else [text]
+    """The ways to read an answer: a comma may group digits or separate items (100,200)."""
     readings = []
     for grouping in (True, False) if _GROUPED.search(text) else (True,):
-        for reading in texts:
-            try:
-                readings.append(_Parser(_tokens(reading, grouping)).answer())
-            except _Words:
-                form = _text(text)
-                return [_TEXT_VALUES.get(form, ("text", form))]
-            except _Unreadable:
-                pass
+        try:
+            readings.append(_parse(_tokens(text, grouping)))
+        except _Words:
+            form = _text(text)
+            return [_TEXT_VALUES.get(form, ("text", form))]
+        except _Unreadable:
+            pass
     return readings
 
-
-# --------------------------------------------------------------------------------------------- text
-
-_WRAPPERS = (r"\\(?:text|mbox|mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal"
-             r"|operatorname)\s?\{")
-_TEXT_VALUES = {"nosolution": ("set",), "nosolutions": ("set",), "norealsolution": ("set",),
-                "emptyset": ("set",), "norealsolutions": ("set",),
-                "allrealnumbers": "ℝ", "allreals": "ℝ"}
-_LABEL = re.compile(rf"(?:{_WRAPPERS})?\(?([A-E])[).:](?:[\s}}~]|\\[\s,;:])+([\w\\$].*)", re.DOTALL)
-
-
-def _spelling(text):
-    """The text with single blanks and without a final period."""
-    return " ".join(text.split()).rstrip(".")
-
-
 def _text(text):
-    """The normal form of a text answer (P8): no wrappers, blanks, periods, quotes or case.
-
-    yes is true, (B) is b.
-    """
-    form = re.sub(_WRAPPERS, "{", text).lower()
+    """The normal form of a text answer (P8); yes is true, (B) is b."""
+    form = re.sub(rf"{_STYLE}|{_WRAPPER}(?=\{{)", "", text).lower()
     form = re.sub(r"\\[\s,;:!]|[\s{}$~\"'*`_\u2018\u2019\u201c\u201d]|\.(?![0-9])", "", form)
-    form = re.sub(r"^(?:option|choice)(?=\(?[a-e]\)?$)", "", form)
-    form = re.sub(r"^\(([a-z])\)$", r"\1", form)
+    form = re.sub(r"^(?:option|choice)?\(?([a-z])\)?$", r"\1", form)
     return {"yes": "true", "no": "false"}.get(form, form)
 
 
-# ------------------------------------------------------------------------------------------- tokens
+# ---- tokens ----
 
+_WRAPPER = (r"\\(?:text|mbox|mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal"
+            r"|operatorname)\s?")
+_STYLE = (r"\\(?:displaystyle|textstyle|boldsymbol|underline|bm|large|Large)(?![A-Za-z])"
+          r"|\\(?:textcolor|color)\s?\{[^{}]*\}")
+_TEXT_VALUES = {"nosolution": ("set",), "nosolutions": ("set",), "norealsolution": ("set",),
+                "emptyset": ("set",), "allrealnumbers": "ℝ", "allreals": "ℝ"}
+_CHOICES = ("a", "b", "c", "d", "e", "true", "false")
+_LABEL = re.compile(rf"(?:{_WRAPPER}\{{)?\(?([A-E])[).:](?:[\s}}~]|\\[\s,;:])+([\w\\$].*)", re.S)
 _GROUPED = re.compile(r"[0-9][ ,][0-9]{3}(?![0-9])")
 _TOKEN = {grouping: re.compile(rf"""
      [0-9]{{1,3}}(?:(?:,\\!\s?|\{{,\}}|\\[,!]\s?{comma})[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?  # 1,234
     |[0-9]*\.[0-9]*\\(?:overline|bar|dot)\s?\{{[0-9]+\}}  # 0.1\overline{{6}}
     |(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?
-    |{_WRAPPERS}[^{{}}]*\}}
-    |\\(?:begin|end)\s?\{{[A-Za-z]+\*?\}}
-    |\\mathbb\s?\{{?[A-Z]\}}?
-    |\\[A-Za-z]+|\\.|[A-Za-z]+|<=|>=|!=|\*\*|\.\.\.|\S""", re.VERBOSE | re.DOTALL)
+    |\\(?:begin|end)\s?\{{[A-Za-z]+\*?\}}|\\mathbb\s?\{{?[A-Z]\}}?
+    |\\[A-Za-z]+|\\.|"?[A-Za-z]+|<=|>=|!=|\*\*|\.\.\.|\S""", re.X | re.S)
     for grouping, comma in ((True, "|[ ,]"), (False, ""))}
-_DEGREE = re.compile(r"\^\s?\{?\s?\\circ\s?\}?|\\circ(?![A-Za-z])")
-_ORDINAL = re.compile(r"(?<=[0-9])\s?\^\s?\{?\s?(?:\\(?:text|mathrm)\s?)?"
-                      r"\{?(?:st|nd|rd|th)\}?\s?\}?")
-_LONE_UNIT = re.compile(r"(?<=[0-9]) ([mshgLNJWV])(?=/[a-z]{1,3}$|\^[23]$|\s?(?:[,;]|$))")
-
-_UNICODE = str.maketrans({
-    "−": "-", "–": "-", "－": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "∕": "/",
-    "⁄": "/", "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt ", "≤": "<=", "≥": ">=", "⩽": "<=",
-    "⩾": ">=", "≠": "!=", "∪": "\\cup ", "∈": "\\in ", "∅": "\\emptyset ", "±": "\\pm ",
-    "∓": "\\mp ", "≈": "\\approx ", "…": "...", "º": "°", "％": "%", "θ": "\\theta ",
-    "α": "\\alpha ", "β": "\\beta ", "λ": "\\lambda ", "，": ",", "：": ":", "（": "(", "）": ")",
-    "⟨": "\\langle ", "⟩": "\\rangle ", "’": "'", "²": "^2", "³": "^3",
-    **{fraction: f" {top}/{bottom}" for fraction, top, bottom in zip(
-        "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")},
-    **{chr(0xFF10 + digit): str(digit) for digit in range(10)}})
-
-_BEYOND_ASCII = ("°", "ℝ", "€", "£", "¢")
-_SKIPPED = frozenset(r"""\left \right \displaystyle \textstyle \limits \big \Big \bigl \bigr \Bigl
-    \Bigr \bigg \Bigg \quad \qquad \, \; \: \! \( \) \[ \] ~ \vec \hat \boldsymbol \overline \bar
-    \overrightarrow \rm \bf \it \text \mathrm \mathbf \mbox \textbf \hline""".split()) | {
+_TEXTS = re.compile(rf"({_WRAPPER})\{{([^{{}}]*)\}}")
+_DEGREE = re.compile(r"\^\s?\{\s?\\circ\s?\}|\^?\s?\\circ(?![A-Za-z])")
+_ORDINAL = re.compile(r"(?<=[0-9])\s?\^\s?(?:\{\s?\"?(?:st|nd|rd|th)\s?\}|\s?\"?(?:st|nd|rd|th)\b)")
+_OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
+_PER = re.compile(r"(?<=[0-9]) (?:an?|per) (?=[a-z]{2})")
+_SPEED = re.compile(r"(?<=[0-9]) ?([a-zA-Z]{1,3}(?=/[a-z]{1,3}(?:\^[23])?$)|m(?=\^[23]$))")
+_WIDE = {0xFF10 + digit: str(digit) for digit in range(10)} | str.maketrans(
+    "−–－×·⋅∙÷∕⁄⩽⩾º％，：（）’", "---****///≤≥°%,:()'")
+_UNICODE = {ord(pair[0]): f" {pair[1:]} " for pair in r"""π\pi ∞\infty √\sqrt ≤<= ≥>= ≠!= ∪\cup
+    ∈\in ∅\emptyset ±\pm ∓\mp …... θ\theta α\alpha β\beta λ\lambda ⟨( ⟩) ∠\angle ²^2 ³^3
+    ½1/2 ⅓1/3 ⅔2/3 ¼1/4 ¾3/4 ⅕1/5 ⅖2/5 ⅗3/5 ⅘4/5 ⅙1/6 ⅚5/6 ⅛1/8 ⅜3/8 ⅝5/8 ⅞7/8""".split()}
+_BEYOND_ASCII = ("°", "ℝ", "€", "£", "¢", "≈")
+_SKIPPED = frozenset(r"""\left \right \limits \big \Big \bigl \bigr \Bigl \Bigr \bigg \Bigg \quad
+    \qquad \, \; \: \! \( \) \[ \] ~ \vec \hat \overline \bar \overrightarrow \rm \bf \it \text
+    \mathrm \mathbf \mbox \textbf \textit \hline \angle \triangle""".split()) | {
     "\\ ", "\\\n", "\\\t", "\\\r"}
 _ALIASES = dict(pair.split("~") for pair in r"""
     \dfrac~\frac \tfrac~\frac \cfrac~\frac \dbinom~\binom \tbinom~\binom \times~* \cdot~* \ast~*
@@ -518,308 +424,244 @@ _ALIASES = dict(pair.split("~") for pair in r"""
     \colon~: \land~and \lor~or \lbrace~\{ \rbrace~\} \lvert~| \rvert~| \vert~| \mid~| \|~| \langle~(
     \rangle~) \lbrack~[ \rbrack~] \%~% \$~$ percent~% \varnothing~\emptyset ...~\dots \ldots~\dots
     \cdots~\dots \degree~° \backslash~\setminus \R~ℝ \mathbb{R}~ℝ infinity~\infty inf~\infty
-    asin~arcsin acos~arccos atan~arctan""".split())
+    asin~arcsin acos~arccos atan~arctan \approx~≈ \in~in""".split())
 _FUNCTIONS = frozenset("sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln lg exp "
-                       "abs floor ceil min max gcd lcm".split())
-# may be written without a backslash
-_PLAIN = _FUNCTIONS | {"sqrt", "pi", "theta", "alpha", "beta", "lambda"}
+                       "abs floor ceil".split())
+_PLAIN = _FUNCTIONS | {"sqrt", "pi", "theta", "alpha", "beta", "lambda"}  # also without backslash
 _UNITS = {spelling: unit.split()[0] for unit in """
     $ dollar dollars usd bucks; cent cents ¢; eur euro euros €; gbp £; lb lbs pound pounds;
-    ° degree degrees deg; m meter meters metre metres;
-    cm centimeter centimeters centimetre centimetres; mm millimeter millimeters;
-    km kilometer kilometers kilometre kilometres; in inch inches; ft foot feet; yd yard yards;
-    mi mile miles; g gram grams; kg kgs kilogram kilograms; mg milligram milligrams;
-    oz ounce ounces; l liter liters litre litres; ml milliliter milliliters;
-    s sec secs second seconds; min mins minute minutes; h hr hrs hour hours; day days; per /; mph;
-    kph; rpm; sq square; cu cubic; th; st; nd; rd""".split(";") for spelling in unit.split()}
+    ° degree degrees deg; m meter meters metre metres; cm centimeter centimeters centimetres;
+    mm millimeter millimeters; km kilometer kilometers kilometres; in inch inches; ft foot feet;
+    yd yard yards; mi mile miles; g gram grams; kg kgs kilogram kilograms; mg milligram milligrams;
+    oz ounce ounces; l liter liters litres; ml milliliter milliliters; s sec secs second seconds;
+    min mins minute minutes; h hr hrs hour hours; day days; per /; mph; kph; rpm; mb; gb;
+    sq square; cu cubic; th; st; nd; rd""".split(";") for spelling in unit.split()}
 _NOT_UNITS = frozenset("""not no none nor or and but is are be was if then than to maybe perhaps
-    possibly about versus vs plus minus times over divided by squared cubed factorial point half
-    halves third thirds quarter quarters fourth fifth fifths tenth tenths hundredth hundredths
-    hundred thousand million billion trillion dozen am pm wrong incorrect false true yes unknown
-    undefined nan mod modulo power root base between either neither except without less more greater
-    fewer from through until approximately answer""".split())
-_SHORT_WORDS = _NOT_UNITS | set("""one two six ten yes odd the it of nan red men day car cup box pen
-    egg cat dog way pie bag bus jar all any old new ago age top""".split())
-_NUMBER_WORDS = {word: n for n, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen twenty".split())} | {
-    word: 10 * n
-    for n, word in enumerate("thirty forty fifty sixty seventy eighty ninety".split(), 3)}
-_MULTIPLIERS = {'"hundred': 100, '"thousand': 10 ** 3, '"million': 10 ** 6, '"billion': 10 ** 9,
-                '"trillion': 10 ** 12}
-
+    possibly about versus vs plus minus times over divided by squared cubed factorial point am pm
+    wrong incorrect false true yes unknown undefined nan mod modulo power root base between either
+    all any neither except without less more greater fewer from through until answer""".split())
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9,
+           "trillion": 10 ** 12, "half": Fraction(1, 2), "halve": Fraction(1, 2)}
+_SCALES |= {word: Fraction(1, n) for n, word in zip((3, 4, 4, 5, 6, 7, 8, 9, 10, 100, 1000), """
+    third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth""".split())}
 
 def _tokens(text, grouping):
-    """Cut an answer into numbers, letters, \\commands, signs and '"words' (with a quote in front).
-
-    grouping: may a comma or a blank group the digits of a number?
-    """
+    """Numbers (grouping: 1,234 is one), letters, \\commands, signs, words with a quote before."""
     if not text.isascii():
-        text = text.translate(_UNICODE)
-    if "\\circ" in text:
-        text = _DEGREE.sub("°", text)
-    if "$" in text:  # pairs are math delimiters, others currency
-        after = re.findall(r"(?<!\\)\$(.?)", text, re.DOTALL)
-        if len(after) % 2 == 0 and not all(character.isdigit() for character in after):
-            text = re.sub(r"(\\\$)|\$", r"\1", text)
-    if "^" in text:
-        text = _ORDINAL.sub(r" \\text{th}", text)
-    if text.endswith(".") and not text.endswith(".."):
-        text = text[:-1]
+        text = text.translate(_WIDE).translate(_UNICODE)
     while (box := _BOX.match(text)) and text.endswith("}"):
         text = text[box.end() + 1:-1]
+    if "\\" in text:
+        text = _DEGREE.sub("°", re.sub(_STYLE, " ", text))
+        for _ in range(3):  # inside one another
+            text = _TEXTS.sub(_marked, _OVER.sub(r"\\frac{\1}{\2}", text))
+    if "$" in text:  # pairs are math delimiters, others currency
+        after = re.findall(r"(?<!\\)\$(.?)", text, re.S)
+        if len(after) % 2 == 0 and not all(character.isdigit() for character in after):
+            text = re.sub(r"(\\\$)|\$", r"\1", text)
+    text = _SPEED.sub(r' "\1', _PER.sub(' "per ', _ORDINAL.sub(' "th', text)))
+    text = re.sub(r"(?<!\.)\.$", "", text)
     tokens = []
-    for token in _TOKEN[grouping].findall(text):
-        token = _ALIASES.get(token, token)
-        if token in _SKIPPED:
-            continue
-        if token[-1] == "}" and re.match(_WRAPPERS, token):
-            inside = token[token.index("{") + 1:-1].strip()
-            if inside.lower() in ("and", "or"):
-                tokens.append(inside.lower())
-            elif inside[:1].isalpha():  # a vector \mathbf{v}, else words or a unit
-                tokens.append(inside if len(inside) == 1 and token.startswith("\\mathbf")
-                              else '"' + inside)
-            elif inside:
-                tokens += _tokens(inside, grouping)                 # (B), 13, 12 dollars
-        elif not token.isascii() and token not in _BEYOND_ASCII:
+    for match in _TOKEN[grouping].finditer(text):
+        token = _ALIASES.get(match[0], match[0])
+        if not token.isascii() and token not in _BEYOND_ASCII:
             raise _Words if token.isalpha() else _Unreadable
-        elif token.isalpha() and len(token) > 1:
-            tokens += _letters(token, after_number=bool(tokens) and tokens[-1][0].isdigit())
-        else:
+        if token.isalpha() and len(token) > 1 and match[0] != "\\in":
+            number = bool(tokens) and (tokens[-1][0].isdigit() or tokens[-1] == "%")
+            tokens += _letters(token, number, number and text[match.start() - 1].isspace())
+        elif token not in _SKIPPED:
             tokens.append(token)
-    if not tokens or len(tokens) > MAX_TOKENS:
-        raise _Unreadable
+    _need(0 < len(tokens) <= MAX_TOKENS)
     return tokens
 
+def _marked(match):
+    """The inside of \\text{...} with its words marked; \\mathrm{e} and \\mathbf{v} as they are."""
+    inside = match[2]
+    if "math" in match[1] and len(inside) == 1:
+        return f" {inside} "
+    return " " + re.sub(r"\b(?!(?:and|or)\b)(?=[A-Za-z])", '"', inside) + " "
 
-def _letters(name, after_number):
-    """A run of letters: a connective, a function, a unit or word, or a product of variables."""
+def _letters(name, after_number, apart):
+    """A run of letters: and, a function, variables, or a word (apart from a number: 20 mpg)."""
     lower = name.lower()
     if lower in ("and", "or"):
         return [lower]
     if name in _PLAIN and not (after_number and name in _UNITS):    # sec and min are both
         return ["\\" + name]
-    if len(name) > 3 or lower in _UNITS or lower in _SHORT_WORDS:
-        return ['"' + name]
-    for function in (name[:-1], name[:2]):                          # sinx, pir
-        if function in _PLAIN and len(name) - len(function) == 1 and name[-1] in "xyzrhnkRt":
-            return ["\\" + function, name[-1]]
-    return list(name)
+    vowels = len(name) == 3 and not after_number and not set("eiou").isdisjoint(lower)
+    is_word = apart or vowels or len(name) > 3 or lower in _UNITS or lower in _NOT_UNITS
+    return ['"' + name] if is_word else list(name)
 
 
-# ------------------------------------------------------------------------------------------- parser
+# ---- parser ----
 #
-# A value is an int, a Fraction, a name (str: a variable, or a constant: pi, e, i, ∞) or a tuple:
+# A value is a Fraction, a name (str: a variable, or a constant: pi, e, i, ∞) or a tuple:
 #     ("+", a, b, ...)  ("*", a, b, ...)  ("-", a) the negative  ("/", a) the reciprocal
 #     ("^", a, b)  ("%", a)  ("call", function, a, ...)  ("unit", unit, a)
-#     ("pm", a) plus or minus a  ("mp", a) minus or plus a
 # Around values stand answers:
 #     ("list", a, ...)  ("all", a, ...) inequalities joined by and  ("set", a, ...)
-#     ("seq", brackets, a, ...) in order  ("rel", signs, a, ...)  ("union", a, ...)  ("minus", a, b)
-#     ("ratio", a, ...)  ("matrix", columns, a, ...)  ("based", digits, base)  ("text", normal form)
+#     ("seq", brackets, a, ...) in order  ("rel", signs, a, ...)  ("union", a, b)  ("minus", a, b)
+#     ("matrix", columns, a, ...)  ("based", digits, base)  ("text", normal form)
 
-_RELATIONS = {"=": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "\\in": "in",
-              "\\approx": "="}
-_INEQUALITIES = {"<", ">", "<=", ">=", "!="}
+_RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "in", "≈"}
+_JOINERS = (",", ";", "and", "or")
+_LEVELS = {"\\cup": 1, "\\setminus": 1, ":": 2, "+": 3, "-": 3, "*": 4, "/": 4, "%": 4}
 _ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")
 _GREEK = frozenset("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa "
                    "lambda mu nu xi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta "
                    "Theta Lambda Xi Pi Sigma Phi Psi Omega ell".split())
+_MINUS_INFINITY = ("-", "∞")
 _CONSTANTS = ("pi", "e", "i", "∞", "ℝ", "…")
 _NAMED = {"\\pi": "pi", "\\infty": "∞", "\\dots": "…", "ℝ": "ℝ", "\\emptyset": ("set",)}
 _CALLS = {"\\" + name for name in _FUNCTIONS}
-_LETTERS = frozenset(string.ascii_letters)
-_FACTORS = _LETTERS | {"\\" + name for name in _GREEK} | {
-    "\\frac", "\\sqrt", "\\pi", "\\binom", "\\infty", "\\lfloor", "\\lceil", "{"}
-_CLOSING = {"(": (")", "]"), "[": ("]", ")", "["), "]": ("[", "]"), "{": ("}",), "\\{": ("\\}",)}
+_LETTERS = frozenset(map(chr, (*range(65, 91), *range(97, 123))))
+_FACTORS = _LETTERS | _CALLS | {"\\" + name for name in _GREEK} | {
+    "\\frac", "\\sqrt", "\\pi", "\\binom", "\\infty", "\\lfloor", "\\lceil", "{", "("}
+_CLOSING = {"(": (")", "]"), "[": ("]", ")", "["), "]": ("[", "]"), "{": ("}",), "\\{": ("\\}",),
+            "\\lfloor": ("\\rfloor",), "\\lceil": ("\\rceil",)}
+_NAME = re.compile(r"""(?:"[A-Za-z]+)+|[A-Za-z](?:'|\^\{-1\})*(?:\([A-Za-z,]*\))?""")
 
+def _parse(tokens):
+    """The answer that tokens spell; with plus-minus signs the list of its values (P12)."""
+    places = [k for k, token in enumerate(tokens) if token in ("\\pm", "\\mp")]
+    if not places:
+        return _Parser(tokens).answer()
+    _need(len(places) <= 3)
+    found, tied = [], "\\mp" in tokens  # a minus-plus goes with the plus-minus
+    for signs in ("+++", "---") if tied else itertools.product("+-", repeat=len(places)):
+        chosen = list(tokens)
+        for k, sign in zip(places, signs):
+            chosen[k] = sign if tokens[k] == "\\pm" else "+-"[sign == "+"]
+        node = _Parser(chosen).answer()
+        listed = _kind(node) in ("list", "set")
+        found += node[1:] if listed else [node]
+    return (node[0] if listed else "list", *dict.fromkeys(found))
 
 class _Parser:
-    """Recursive descent, one method per level.
+    """Recursive descent: answer, item, relation, expression (by the levels above), power, atom."""
 
-    The levels are answer, item, relation, union, ratio, sum, product, power, atom.
-    """
+    def __init__(self, tokens):
+        self.tokens, self.at, self.token = tokens + ["", "", ""], 0, tokens[0]
+        self.depth = self.bars = self.angle = 0  # atoms inside atoms, open |, arguments of sin, ...
+        self.units = []  # seen in this item
 
-    def __init__(self, tokens: list[str]):
-        self.tokens = tokens + ["", "", ""]     # the end, and room to look ahead
-        self.at = 0
-        self.token = tokens[0]
-        self.depth = 0              # of atoms inside atoms
-        self.bars = 0               # open absolute values
-        self.angle = 0              # > 0 in the argument of a trigonometric function
-        self.units = []             # seen in this item
-        self.signs = [token for token in tokens if token in ("\\pm", "\\mp")]
-
-    def next(self) -> str:
+    def next(self):
         token = self.token
-        if not token:
-            raise _Unreadable
+        _need(token)
         self.at += 1
         self.token = self.tokens[self.at]
         return token
 
-    def expect(self, token: str):
-        if self.token != token:
-            raise _Unreadable
-        self.next()
+    def taken(self, token, needed=False):
+        """Is this the next token? Then it is taken."""
+        _need(self.token == token or not needed)
+        return self.token == token and bool(self.next())
 
     def answer(self):
         """The whole text."""
-        items = self.both_signs(self.items((",", ";", "and", "or")))
-        if self.token:
-            raise _Unreadable
-        if len(items) == 1:
-            return items[0]
-        joined = set(self.tokens) & {",", ";", "and", "or"}
-        inequalities = all(_kind(x) == "rel" and x[1][0] in _INEQUALITIES for x in items)
-        return ("all" if inequalities and joined == {"and"} else "list", *items)
+        items = self.items(_JOINERS)
+        _need(not self.token)
+        both = set(self.tokens).intersection(_JOINERS) == {"and"} and all(map(_is_region, items))
+        return items[0] if len(items) == 1 else ("all" if both else "list", *items)
 
-    def items(self, joiners: tuple) -> list:
-        """Items with commas or the like in between."""
-        items = [self.item()]
-        while self.token in joiners:
+    def items(self, joiners):
+        """Relations or values with their units (P3), with commas or the like in between."""
+        items = []
+        while True:
+            outer, self.units = self.units, []
+            self.taken("≈")
+            node = self.relation()
+            if self.token[:1] == '"':
+                self.unit()
+            items.append(("unit", " ".join(sorted(set(self.units))), node) if self.units else node)
+            self.units = outer
+            if self.token not in joiners:
+                return items
             self.next()
             if self.token in ("and", "or"):                         # 1, 2, and 3
                 self.next()
-            items.append(self.item())
-        return items
-
-    def both_signs(self, items: list) -> list:
-        return items if not self.signs else [
-            x for item in items for x in _both_signs(item, "\\mp" in self.signs)]
-
-    def item(self):
-        """A relation or value and its unit (P3)."""
-        outer, self.units = self.units, []
-        if self.token == "\\approx":
-            self.next()
-        node = self.relation()
-        if self.token[:1] == '"':
-            self.unit()
-        if self.units:
-            node = ("unit", " ".join(sorted(set(self.units))), node)
-        self.units = outer
-        return node
 
     def relation(self):
         """a = b, a < b <= c, x in S."""
-        terms, signs = [self.name_before_equals() or self.union()], []
-        while self.token in _RELATIONS or (
-                self.token == '"in' and self.tokens[self.at + 1] in _CLOSING):
-            signs.append(_RELATIONS.get(self.next(), "in"))
-            terms.append(self.union())
-        return ("rel", tuple(signs), *terms) if signs else terms[0]
+        terms, signs = [self.name_before_equals() or self.expression()], []
+        while self.token in _RELATIONS or self.token == '"in' and self.tokens[self.at + 1] in "([":
+            signs.append(self.next().lstrip('"'))
+            terms.append(self.expression())
+        return _relation(signs, terms) if signs else terms[0]
 
-    def name_before_equals(self) -> str | None:
+    def name_before_equals(self):
         """The left side of f(x) = ... or Total cost = ... as one name."""
-        end = self.at
-        if self.token[:1] == '"' and self.token[1:].lower() not in _NOT_UNITS:
-            while self.tokens[end][:1] == '"':
-                end += 1
-        elif self.token in _LETTERS and self.tokens[end + 1] in ("(", "^"):
-            while self.tokens[end] not in (")", "=", ""):
-                end += 1
-            end += 1
-        if end == self.at or self.tokens[end] != "=" or self.tokens[end - 1] in ("=", ""):
+        if "=" not in self.tokens[self.at:self.at + 20]:
             return None
+        end = self.tokens.index("=", self.at)
         name = "".join(self.tokens[self.at:end])
+        if not _NAME.fullmatch(name) or _NOT_UNITS.intersection(name.lower().split('"')):
+            return None
         self.at, self.token = end, "="
         return name
 
-    def union(self):
-        node = self.ratio()
-        for _ in range(30):
-            if self.token == "\\cup":
-                self.next()
-                node = (*(node if _kind(node) == "union" else ("union", node)), self.ratio())
-            elif self.token == "\\setminus":
-                self.next()
-                node = ("minus", node, self.ratio())
-            else:
-                break
-        return node
-
-    def ratio(self):
-        terms = [self.sum()]
-        while self.token == ":" and not self.bars:
-            self.next()
-            terms.append(self.sum())
-        return ("ratio", *terms) if len(terms) > 1 else terms[0]
-
-    def sum(self):
-        terms = [self.product()]
-        while self.token in ("+", "-", "\\pm", "\\mp"):
-            terms.append(self.product())                            # which takes the sign
-        return ("+", *terms) if len(terms) > 1 else terms[0]
-
-    def product(self):
-        """Factors with *, / or nothing in between; a sign in front covers them all."""
-        negative = self.minus()
-        both = {"\\pm": "pm", "\\mp": "mp"}.get(self.token)
-        if both:
-            self.next()
-        factors = [self.power()]
+    def expression(self, level=1):
+        """Operators of at least this level, and factors side by side."""
+        negative, node = self.minus(), self.power()
+        node = _negative(node) if negative else node
         while True:
-            if self.token in ("*", "/"):
-                sign = self.next()
-                factor = self.signed(self.power)
-                factors.append(factor if sign == "*" else _reciprocal(factor))
-            elif self.token == "%":                                 # 1/2% is half a percent
-                self.next()
-                factors = [("%", _times(factors))]
-            elif self.token in _FACTORS or self.token in _CALLS or self.token == "(" or (
-                    self.token == "|" and not self.bars) or (
-                    self.token[:1].isdigit() and self.tokens[self.at - 1] in ("!", ")", "}")):
-                factors.append(self.power())                        # 2x, 3(x+1), x sin x, 3!4!
+            token = self.token
+            if level <= 4 and self.factor_follows():
+                node = _joined("*", node, self.power())             # 2x, 3(x+1), x sin x, 3!4!
+                continue
+            if _LEVELS.get(token, 0) < level or (token == ":" and self.bars):
+                return node
+            self.next()
+            if token == "%":                                        # 1/2% is half a percent
+                _need(self.token != "(" and not self.token[:1].isdigit())    # but 7 % 3 is none
+                node = ("%", node)
+                continue
+            clock, right = self.token[:1] == "0", self.expression(_LEVELS[token] + 1)
+            if token == ":" and (clock or 0 in (node, right)):      # 11:00, 3:05, 0:1
+                return ("text", "".join(self.tokens))
+            if token in ("+", "-"):
+                node = _joined("+", node, right if token == "+" else _negative(right))
+            elif token in ("*", "/", ":"):
+                node = _joined("*", node, right if token == "*" else _reciprocal(right))
             else:
-                break
-        node = (both, _times(factors)) if both else _times(factors)
-        return _negative(node) if negative else node
+                node = ("union" if token == "\\cup" else "minus", node, right)
 
-    def minus(self) -> bool:
+    def factor_follows(self):
+        token = self.token
+        if token[:1].isdigit():                                     # after 3!, (x+1), 2^{3} and 2^3
+            return self.tokens[self.at - 1] in ("!", ")", "}") or self.tokens[self.at - 2] == "^"
+        return token in _FACTORS or (token == "|" and not self.bars)
+
+    def minus(self):
         """Take the plus and minus signs here: is their product a minus?"""
         negative = False
         while self.token in ("+", "-"):
             negative ^= self.next() == "-"
         return negative
 
-    def signed(self, parse):
-        negative = self.minus()
-        node = parse()
-        return _negative(node) if negative else node
-
     def power(self):
         """An atom and what follows it: ! ° ^ million."""
         node = self.atom()
         for _ in range(6):
-            if self.token == "^":
-                tower = [node]
-                while self.token == "^" and len(tower) < MAX_DEPTH:
-                    self.next()
-                    tower.append(self.argument())
-                while len(tower) > 1:                               # 2^3^2 is 2^(3^2)
-                    tower[-2:] = [("^", tower[-2], tower[-1])]
-                node = tower[0]
-            elif self.token == "!":
-                self.next()
+            scale = _SCALES.get(self.token[1:].lower().rstrip("s")) if self.token[:1] == '"' else 0
+            if self.taken("^"):
+                node = ("^", node, self.argument())
+                _need(self.token != "^")                            # 2^3^2 has two readings
+            elif self.taken("!"):
                 node = ("call", "factorial", node)
-            elif self.token == "°":
+            elif self.token == "°" and self.angle:                  # sin 30° means degrees
                 self.next()
-                if self.angle:                                      # sin 30° means degrees
-                    node = ("*", node, "pi", Fraction(1, 180))
-                else:
-                    self.units.append("°")
-            elif self.token in _MULTIPLIERS:
-                node = ("*", node, _MULTIPLIERS[self.next()])
-            else:
-                break
+                node = ("*", node, "pi", Fraction(1, 180))
+            elif self.taken("°"):
+                self.units.append("°" + (self.next() if self.token in ("C", "F") else ""))
+            elif scale:
+                self.next()
+                node = _joined("*", node, Fraction(scale))
         return node
 
     def atom(self):
         self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise _Unreadable
+        _need(self.depth <= MAX_DEPTH)
         token = self.token
         if token[:1].isdigit() or (token[:1] == "." and len(token) > 1):
             node = self.number()
@@ -829,24 +671,24 @@ class _Parser:
             node = _NAMED[self.next()]
         elif token in _LETTERS or token[1:] in _GREEK:
             node = self.next().lstrip("\\")
-            if self.token == "_":
-                self.next()
+            if self.taken("_"):
                 node += "_" + self.subscript()
         elif token in _CALLS:
             node = self.call()
         elif token[:1] == "\\":
             node = self.command()
-        elif token == "|":
-            self.next()
+        elif self.taken("|"):
             self.bars += 1
-            node = ("call", "abs", self.sum())
+            node = ("call", "abs", self.expression())
             self.bars -= 1
-            self.expect("|")
+            self.taken("|", needed=True)
         elif token in ("$", "€", "£", "¢"):
             self.units.append(_UNITS[self.next()])
-            node = self.signed(self.atom)
+            negative, node = self.minus(), self.atom()
+            node = _negative(node) if negative else node
         elif token[:1] == '"':
-            node = self.word()
+            _need(len(token) == 2, _Words)                          # all is text
+            node = self.next()[1]
         else:
             raise _Unreadable
         self.depth -= 1
@@ -855,775 +697,384 @@ class _Parser:
     def number(self):
         token = self.next()
         value = _number(token)
-        if self.token == "_":
-            self.next()
+        if self.taken("_"):
             return ("based", token.lstrip("0"), self.subscript())
-        if isinstance(value, int):  # mixed numbers: 1\frac{3}{4}, 2 1/2
-            top, bar, bottom = self.tokens[self.at:self.at + 3]
-            if top == "\\frac":
-                part = self.command()
-                return (value + part if isinstance(part, Fraction) and 0 < part < 1
-                        else ("*", value, part))
-            if top.isdigit() and bar == "/" and bottom.isdigit() and int(bottom):
-                self.next(), self.next(), self.next()
-                return value + Fraction(int(top), int(bottom))
+        top, bar, bottom = self.tokens[self.at:self.at + 3]
+        if top == "\\frac" and token.isdigit():                     # 1\frac{3}{4}
+            part = self.command()
+            mixed = isinstance(part, Fraction) and 0 < part < 1
+            return value + part if mixed else _joined("*", value, part)
+        if token.isdigit() and top.isdigit() and bar == "/" and bottom.isdigit():       # 2 1/2
+            self.next(), self.next()
+            return _joined("+", value, _joined("*", _number(top), _reciprocal(self.number())))
         return value
 
-    def subscript(self) -> str:
+    def subscript(self):
         """A subscript as text: 5, {10}, {n+1}."""
-        if self.token != "{":
-            return self.next()
-        self.next()
         start = self.at
-        while self.token not in ("}", ""):
+        while self.tokens[start] == "{" and self.token != "}":
             self.next()
-        text = "".join(self.tokens[start:self.at])
-        self.expect("}")
-        return text
+        self.next()
+        return "".join(self.tokens[start:self.at]).strip("{}")
 
     def group(self):
         """Brackets: mere grouping round one item, else a tuple or interval, or a set in braces."""
-        opening = self.next()
-        bars, self.bars = self.bars, int(opening == "\\{")  # in a set, a bar may be "such that"
-        items = []
-        if opening + self.token != "\\{\\}":
-            if (opening in ("(", "[") and "," in self.token[1:]
-                    and self.tokens[self.at + 1] in _CLOSING[opening]):
-                raise _Unreadable                                   # (1,234) is a pair, no number
-            items = self.items((",", ";"))
-        if opening == "\\{" and self.token in ("|", ":"):           # {x | x > 2}
-            self.next()
-            items = self.items((",", ";", "and", "or"))
-            self.expect("\\}")
-            self.bars = bars
-            return items[0] if len(items) == 1 else ("list", *items)
-        if self.token not in _CLOSING[opening]:
-            raise _Unreadable
-        closing = self.next()
-        self.bars = bars
-        if opening == "\\{" or (opening == "{" and len(items) > 1):
-            return ("set", *self.both_signs(items))
-        if len(items) == 1:
-            return items[0]
+        opening, bars, self.bars = self.next(), self.bars, 0
+        pair = "," in self.token[1:] and self.tokens[self.at + 1] in _CLOSING[opening]
+        _need(not pair or opening not in ("(", "["))                # (1,234) is no number
+        items = [] if opening + self.token == "\\{\\}" else self.items((",", ";"))
+        _need(self.token in _CLOSING[opening])
+        closing, self.bars = self.next(), bars
+        if len(items) == 1 and opening != "\\{":
+            return ("call", opening[2:], items[0]) if opening[1:2] == "l" else items[0]
+        if opening in ("{", "\\{"):
+            return ("set", *items)
         return ("seq", {"]": "("}.get(opening, opening) + {"[": ")"}.get(closing, closing), *items)
 
     def command(self):
         name = self.next()[1:]
         if name == "frac":
             top = self.argument(shared=True)
-            return _times([top, _reciprocal(self.argument())])
+            return _joined("*", top, _reciprocal(self.argument()))
         if name == "sqrt":
-            index = 2
-            if self.token == "[":
-                self.next()
-                index = self.sum()
-                self.expect("]")
-            return ("call", "root", self.argument(), index)
+            index = Fraction(2)
+            if self.taken("["):
+                index = self.expression()
+                self.taken("]", needed=True)
+            return ("^", self.argument(), _reciprocal(index))
         if name == "binom":
-            top = self.argument()
-            return ("call", "binom", top, self.argument())
-        if name in ("lfloor", "lceil"):
-            inside = self.sum()
-            self.expect("\\r" + name[1:])
-            return ("call", name[1:], inside)
-        if name.startswith("begin") and "matrix" in name or "array" in name:
-            return self.matrix(name)
-        raise _Unreadable
+            return ("call", "binom", self.argument(), self.argument())
+        _need(name.startswith("begin") and "matrix" in name or "array" in name)
+        return self.matrix(name)
 
-    def argument(self, shared: bool = False):
-        """What \\frac, \\sqrt, ^ take: a group or one token.
-
-        shared: of 34 after \\frac, 3 is on top and 4 below.
-        """
-        if self.token.isdigit():
-            digits = self.token
-            if shared and len(digits) > 1:
-                self.tokens[self.at] = self.token = digits[1:]
-                return int(digits[0])
-            return int(self.next())
-        return self.signed(self.atom)
+    def argument(self, shared=False):
+        """What \\frac, \\sqrt, ^ take: a group or one token; of 34 after \\frac (shared) only 3."""
+        if self.token.isdigit() and shared and len(self.token) > 1:
+            digit, self.token = self.token[0], self.token[1:]
+            self.tokens[self.at] = self.token
+            return Fraction(digit)
+        negative = self.minus()
+        node = Fraction(self.next()) if self.token.isdigit() else self.atom()
+        return _negative(node) if negative else node
 
     def call(self):
-        """\\sin x, \\sin^2 x, \\sin^{-1} x, \\log_2 8, \\max(1, 2).
-
-        Without brackets the argument goes up to the next call.
-        """
-        name = self.next()[1:]
-        power = base = None
+        """\\sin x, \\sin^2 x, \\sin^{-1} x, \\log_2 8; without brackets up to the next call."""
+        name, power, base = self.next()[1:], Fraction(1), Fraction(10)
         while self.token in ("^", "_"):
             if self.next() == "^":
                 power = self.argument()
             else:
                 base = self.argument()
         if power == -1 and name in ("sin", "cos", "tan"):
-            name, power = "arc" + name, None
+            name, power = "arc" + name, Fraction(1)
         self.angle += name in _ANGLES
-        if self.token in ("(", "{"):
-            inside = self.atom()
-        else:
-            negative = self.minus()
-            factors = [self.power()]
-            while self.token in _FACTORS:
-                factors.append(self.power())
-            inside = _negative(_times(factors)) if negative else _times(factors)
+        bracket, negative = self.token in ("(", "{"), self.minus()
+        inside = self.atom() if bracket else self.power()
+        while self.token in _FACTORS - _CALLS and not bracket:
+            inside = _joined("*", inside, self.power())
+        inside = _negative(inside) if negative else inside
         self.angle -= name in _ANGLES
-        arguments = inside[2:] if _kind(inside) == "seq" else (inside,)
+        node = ("^", "e", inside) if name == "exp" else ("call", name, inside)
         if name in ("log", "lg"):
-            name, arguments = "log", (*arguments, 10 if base is None else base)
-        node = ("call", name, *arguments)
-        return node if power is None else ("^", node, power)
+            node = ("*", ("call", "ln", inside), ("/", ("call", "ln", base)))
+        return node if power == 1 else ("^", node, power)
 
-    def matrix(self, name: str):
-        """Rows of cells up to \\end; all rows must be of one length."""
+    def matrix(self, name):
+        """Rows of cells up to \\end; all rows must be of one length. One column is a tuple."""
         if "array" in name and self.token == "{":
             self.subscript()                                        # the columns' alignment
-        rows = [[]]
-        while True:
-            rows[-1].append(self.sum())
+        rows, separator = [[]], ""
+        while not separator.startswith("\\end"):
+            rows[-1].append(self.expression())
             separator = self.next()
-            if separator == "\\\\" and not self.token.startswith("\\end"):
-                rows.append([])
+            if separator == "\\\\" and self.token.startswith("\\end"):
+                separator = self.next()
             elif separator == "\\\\":
-                self.next()
-                break
-            elif separator.startswith("\\end"):
-                break
-            elif separator != "&":
-                raise _Unreadable
-        if len({len(row) for row in rows}) != 1:
-            raise _Unreadable
-        return ("matrix", len(rows[0]), *(cell for row in rows for cell in row))
-
-    def word(self):
-        """A word where a value should stand: a number word or a lone letter, else all is text."""
-        word = self.next()[1:]
-        if len(word) == 1:
-            return word
-        value = _NUMBER_WORDS.get(word.lower())
-        if value is None:
-            raise _Words
-        if value >= 20 and self.token == "-":                       # twenty-five
-            self.next()
-            value += _NUMBER_WORDS.get(self.next()[1:].lower(), 0)
-        return value
+                rows.append([])
+            _need(separator in ("&", "\\\\") or separator.startswith("\\end"))
+        _need(len({len(row) for row in rows}) == 1)
+        head = ("seq", "()") if len(rows[0]) == 1 < len(rows) else ("matrix", len(rows[0]))
+        return (*head, *itertools.chain(*rows))
 
     def unit(self):
-        """The words after a value, with powers and slashes, as a unit or counted noun.
-
-        Some words never are one.
-        """
-        words = []
-        while self.token[:1] == '"' or (words and self.token in ("^", "/")):
-            word = self.next()
+        """The words after a value in one spelling: square inches is in^2; nouns lose their s."""
+        start, name, power = self.at, "", ""
+        while self.token[:1] == '"' or (name and self.token in ("^", "/")):
+            word = self.next().lstrip('"').lower() or "in"
             if word == "^":
-                words.append("^" + self.subscript())
-            elif word == "/" and self.token in _LETTERS:
-                words += ["/", self.next()]
+                name += "^" + self.subscript()
+            elif word == "/":
+                name += "/" + (self.next().lower() if self.token in _LETTERS else "")
+            elif word in _NOT_UNITS or self.at - start > 8:
+                raise _Words
+            elif word in ("square", "sq", "cubic", "cu"):
+                power = "^2" if word[0] == "s" else "^3"
             else:
-                words += re.findall(r"[A-Za-z]+|\^?[0-9]+|/", word)
-        if len(words) > 6 or any(word.lower() in _NOT_UNITS for word in words):
-            raise _Words
-        self.units.append(_unit_name(words))
-
-
-def _unit_name(words):
-    """One spelling for each unit: square inches and inches^2 are in^2; a noun loses its plural."""
-    name, power = "", ""
-    for word in words:
-        word = word.lower()
-        if word in ("square", "sq", "cubic", "cu"):
-            power = "^2" if word[0] == "s" else "^3"
-        elif word[-1].isdigit():
-            name += "^" + word.lstrip("^")
-        else:
-            name += _UNITS.get(word) or (word[:-1] if word[-1] == "s" and len(word) > 3 else word)
-            name, power = name + power, ""
-    return name
-
+                singular = word[:-1] if word[-1] == "s" and len(word) > 3 else word
+                name, power = name + _UNITS.get(word, singular) + power, ""
+        self.units.append(name)
 
 def _number(token):
-    """The exact value of a number token: int or Fraction."""
-    if token.isdigit():
-        return int(token)
+    """The exact value of a number token."""
     if token[-1] == "}":                                            # 0.1\overline{6} = 1/10 + 6/90
         fixed, block = token[:token.index("\\")], token[token.index("{") + 1:-1]
         places = len(fixed.partition(".")[2])
         return Fraction(fixed + "0") + Fraction(int(block), (10 ** len(block) - 1) * 10 ** places)
     token = re.sub(r"[^0-9.eE+-]", "", token)
     exponent = token.lower().partition("e")[2]
-    if exponent and (len(exponent) > 6 or abs(int(exponent)) > MAX_EXPONENT):
-        raise _Unreadable
-    return _whole(Fraction(token))
-
-
-def _whole(value):
-    """An int where the value is one."""
-    return value.numerator if value.denominator == 1 else value
-
+    _need(not exponent or (len(exponent) < 6 and abs(int(exponent)) <= MAX_EXPONENT))
+    return Fraction(token)
 
 def _negative(node):
-    return -node if isinstance(node, (int, Fraction)) else ("-", node)
-
+    return -node if isinstance(node, Fraction) else ("-", node)
 
 def _reciprocal(node):
-    return 1 / Fraction(node) if isinstance(node, (int, Fraction)) and node else ("/", node)
+    return 1 / node if isinstance(node, Fraction) and node else ("/", node)
 
+def _joined(sign, a, b):
+    """a + b or a * b, at once where both are numbers, else as one flat tuple."""
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a + b if sign == "+" else a * b
+    return (*a, b) if isinstance(a, tuple) and a[0] == sign else (sign, a, b)
 
-def _times(factors):
-    """A product; 3/4 and \\frac{3}{4} become one Fraction at once."""
-    if len(factors) == 1:
-        return factors[0]
-    if (len(factors) == 2 and isinstance(factors[1], Fraction)
-            and isinstance(factors[0], (int, Fraction))):
-        return _whole(factors[0] * factors[1])
-    return ("*", *factors)
-
+def _relation(signs, terms):
+    """a = b, but what a chain of equal numbers says is the number, and a ≈ b says a (P7)."""
+    names = 0
+    while names < len(signs) and signs[names] in "=≈" and _is_name(terms[names]):
+        names += 1
+    if "≈" in signs[names:]:
+        end = names + signs[names:].index("≈")
+        signs, terms = signs[:end], terms[:end + 1]
+    signs = ["=" if sign == "≈" else sign for sign in signs]
+    chain = terms[names:]
+    if set(signs) == {"="} and len(chain) > 1 and not _names(*chain):
+        _need(all(_same(x, chain[-1]) for x in chain[:-1]))
+        signs, terms = signs[:names], terms[:names] + chain[-1:]
+    return ("rel", tuple(signs), *terms) if signs else terms[0]
 
 _FIRST_PART = {"call": 2, "unit": 2, "rel": 2, "seq": 2, "matrix": 2, "text": 2, "based": 3}
-
+_ANSWERS = ("list", "set", "all", "seq", "rel", "union", "minus", "matrix", "based", "text")
 
 def _parts(node):
     return node[_FIRST_PART.get(node[0], 1):]
 
-
-def _with_parts(node, change):
-    """The node with `change` applied to each of its parts."""
-    first = _FIRST_PART.get(node[0], 1)
-    return node[:first] + tuple(change(part) for part in node[first:])
-
-
 def _kind(node):
-    return node[0] if isinstance(node, tuple) and node[0] in (
-        "list", "set", "all", "seq", "rel", "union", "minus", "ratio", "matrix", "based", "text"
-    ) else "value"
+    return node[0] if isinstance(node, tuple) and node[0] in _ANSWERS else "value"
 
-
-def _names(node, found):
-    """Add the variables of a node to `found`."""
-    if isinstance(node, tuple):
-        for part in _parts(node):
-            _names(part, found)
-    elif isinstance(node, str) and node not in _CONSTANTS:
-        found.add(node)
+def _names(*nodes):
+    """The variables of some nodes."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, tuple):
+            found |= _names(*_parts(node))
+        elif isinstance(node, str) and node not in _CONSTANTS:
+            found.add(node)
     return found
 
 
-def _both_signs(node, together):
-    """The values of a node with plus-minus signs in it.
-
-    All combinations, or two where a minus-plus ties them.
-    """
-    def count(node) -> int:
-        return isinstance(node, tuple) and (node[0] in ("pm", "mp")) + sum(map(count, _parts(node)))
-
-    def choose(node, bits):
-        if not isinstance(node, tuple):
-            return node
-        if node[0] in ("pm", "mp"):
-            negative = next(bits) ^ (node[0] == "mp")
-            inside = choose(node[1], bits)
-            return _negative(inside) if negative else inside
-        return _with_parts(node, lambda part: choose(part, bits))
-
-    n = count(node)
-    if n > 3:
-        raise _Unreadable
-    choices = ([[bit] * n for bit in (0, 1)] if together and n
-               else itertools.product((0, 1), repeat=n))
-    return [choose(node, iter(bits)) for bits in choices]
-
-
-# --------------------------------------------------------------------------------- exact arithmetic
+# ---- values ----
 #
-# A value is a quotient of two polynomials with rational coefficients, each a dict {monomial:
-# coefficient}. A monomial is a sorted tuple of (name, exponent). Besides the variables a name may
-# be pi, e, i, or "√p" for a prime p, with i*i = -1 and √p*√p = p applied at once. That makes the
-# form of a polynomial unique, so two values are equal exactly when their quotients satisfy
-# a/b == c/d, that is a*d == c*b. (pi and e count as independent of all else: nobody has found
-# otherwise.)
+# A value is a Fraction while everything in it is rational, else a _Ball: a complex number and a
+# bound on its error. Balls are equal if they touch. A divisor whose ball holds zero makes the value
+# undefined; a ball too wide to tell anything equals nothing. Variables stand for random rationals.
 
-_ONE = {(): 1}
-
-
-def _exact(node):
-    """node as (numerator, denominator).
-
-    Raises _Inexact where it has no such form, _Undefined for 1/0.
-    """
-    if isinstance(node, (int, Fraction)):
-        return ({(): node} if node else {}), _ONE
-    if isinstance(node, str):
-        if node in ("∞", "…", "ℝ"):
-            raise _Inexact
-        return {((node, 1),): 1}, _ONE
-    kind = node[0]
-    if kind in ("+", "*"):
-        top, bottom = _exact(node[1])
-        for part in node[2:]:
-            t, b = _exact(part)
-            if kind == "*":
-                top = _product(top, t)
-            elif b == bottom:
-                top = _plus(top, t)
-                continue
-            else:
-                top = _plus(_product(top, b), _product(t, bottom))
-            bottom = b if bottom is _ONE else bottom if b is _ONE else _product(bottom, b)
-        return top, bottom
-    if kind == "unit":
-        return _exact(node[2])
-    if kind == "call":
-        return _exact_call(node[1], node[2:])
-    if kind not in ("-", "/", "%", "^"):
-        raise _Inexact
-    top, bottom = _exact(node[1])
-    if kind == "/":
-        return _inverse(top, bottom)
-    if kind == "^":
-        return _exact_power(top, bottom, _rational(node[2]))
-    factor = -1 if kind == "-" else Fraction(1, 100)
-    return {monomial: c * factor for monomial, c in top.items()}, bottom
-
-
-def _plus(p, q):
-    _spend(len(p) + len(q))
-    out = dict(p)
-    for monomial, c in q.items():
-        c += out.pop(monomial, 0)
-        if c:
-            out[monomial] = _bounded(c)
-    return out
-
-
-def _product(p, q):
-    _spend(2 * len(p) * len(q))
-    if len(p) * len(q) > 4 * MAX_TERMS:
-        raise _Inexact
-    out = {}
-    for m, c in p.items():
-        for n, d in q.items():
-            monomial, factor = _reduced(m, n) if m and n else (m or n, 1)
-            out[monomial] = out.get(monomial, 0) + _bounded(c * d * factor)
-    return {monomial: c for monomial, c in out.items() if c}
-
-
-def _bounded(c):
-    bits = c.numerator.bit_length() + c.denominator.bit_length()
-    if bits > 64:
-        _spend(bits // 64)
-        if bits > MAX_BITS:
-            raise _TooLarge
-    return c
-
-
-def _reduced(*monomials):
-    """The product of monomials, and the factor that i*i = -1 and √p*√p = p leave."""
-    exponents, factor = {}, 1
-    for name, k in itertools.chain(*monomials):
-        exponents[name] = exponents.get(name, 0) + k
-    for name in exponents:
-        if name == "i" or name[0] == "√":
-            pairs, exponents[name] = divmod(exponents[name], 2)
-            factor *= (-1 if name == "i" else int(name[1:])) ** pairs
-    return tuple(sorted(pair for pair in exponents.items() if pair[1])), factor
-
-
-def _inverse(top, bottom):
-    if not top:
-        raise _Undefined
-    if top.keys() == {()}:
-        return {monomial: Fraction(c) / top[()] for monomial, c in bottom.items()}, _ONE
-    return bottom, top
-
-
-def _rational(node):
-    """node as an int or Fraction; raises _Inexact if it is not one."""
-    if isinstance(node, (int, Fraction)):
-        return node
-    top, bottom = _exact(node)
-    if bottom is not _ONE or not top.keys() <= {()}:
-        raise _Inexact
-    return _whole(Fraction(top.get((), 0)))
-
-
-def _exact_power(top, bottom, n):
-    if n < 0:
-        (top, bottom), n = _inverse(top, bottom), -n
-    if n.denominator > 1:                                           # 8^(2/3) is (8^(1/3))^2
-        if bottom is not _ONE or not top.keys() <= {()}:
-            raise _Inexact
-        top, n = _exact_root(Fraction(top.get((), 0)), n.denominator), n.numerator
-    powers = []
-    for p in (top, bottom):
-        power = _ONE
-        if len(p) == 1:                                             # one term: (c m)^n for any n
-            (monomial, c), = p.items()
-            bits = 0 if abs(c) == 1 else c.numerator.bit_length() + c.denominator.bit_length()
-            bits += sum(int(name[1:]).bit_length() for name, _ in monomial if name[0] == "√")
-            if n > 10 ** 6 or n * bits > MAX_BITS:
-                raise _TooLarge
-            monomial, factor = _reduced(tuple((name, k * n) for name, k in monomial))
-            power = {monomial: _bounded(c ** n * factor)} if p is not _ONE else _ONE
-        elif n > 40:
-            raise _Inexact
-        else:
-            for _ in range(n):
-                power = _product(power, p)
-        powers.append(power)
-    return powers[0], powers[1]
-
-
-def _exact_root(value, index):
-    """A square root as a rational times a product of √p, or a root that comes out even.
-
-    Real for odd indices.
-    """
-    top, bottom = abs(value.numerator), value.denominator
-    _spend(20)
-    if not value:
-        return {}
-    if not 2 <= index <= 64:
-        raise _Inexact
-    if index > 2 and max(top, bottom) > 2 ** 100:
-        raise _TooLarge
-    if index == 2:                                                  # √(t/b) = √(t b) / b
-        outside, primes, rest, p = Fraction(1, bottom), [], top * bottom, 2
-        while p * p <= rest and p < 1000:
-            while rest % (p * p) == 0:
-                rest, outside = rest // (p * p), outside * p
-            if rest % p == 0:
-                rest //= p
-                primes.append(p)
-            p += 1
-        _spend(p // 8)
-        root = math.isqrt(rest)
-        if root * root == rest:
-            outside *= root
-        elif rest < 1000 * 1000:
-            primes.append(rest)
-        else:  # not known to be a product of different primes
-            raise _TooLarge if rest > 2 ** 100 else _Inexact
-        names = [f"√{p}" for p in primes] + ["i"] * (value < 0)
-        return {tuple(sorted((name, 1) for name in names)): outside}
-    if value < 0 and index % 2 == 0:
-        raise _Inexact
-    roots = [round(n ** (1 / index)) for n in (top, bottom)]
-    if roots[0] ** index != top or roots[1] ** index != bottom:
-        raise _Inexact
-    return {(): Fraction(-roots[0] if value < 0 else roots[0], roots[1])}
-
-
-def _exact_call(name, arguments):
-    if name == "exp":
-        return _exact(("^", "e", arguments[0]))
-    if name == "binom":                                             # n (n-1) ... (n-k+1) / k!
-        n, k = arguments[0], _rational(arguments[1])
-        if not isinstance(k, int) or not 0 <= k <= 1000:
-            raise _Inexact
-        if isinstance(n, int) and 0 <= n <= 1000:
-            return _exact(math.comb(n, k))
-        return _exact(("*", Fraction(1, math.factorial(k)), 1, *(("+", n, -j) for j in range(k))))
-    if name not in ("root", "abs", "floor", "ceil", "factorial", "min", "max", "gcd", "lcm"):
-        raise _Inexact
-    values = [_rational(argument) for argument in arguments]
-    if name == "root":
-        if not isinstance(values[1], int):
-            raise _Inexact
-        return _exact_root(Fraction(values[0]), values[1]), _ONE
-    if name in ("factorial", "gcd", "lcm"):
-        limit = 1000 if name == "factorial" else 10 ** 50
-        if not all(isinstance(value, int) and 0 <= value <= limit for value in values):
-            raise _Undefined
-        _spend(values[0] if name == "factorial" else 50 * len(values))
-    if name in ("min", "max"):
-        return _exact(min(values) if name == "min" else max(values))
-    function = {"abs": abs, "floor": math.floor, "ceil": math.ceil, "factorial": math.factorial,
-                "gcd": math.gcd, "lcm": math.lcm}[name]
-    return _exact(function(*values))
-
-
-# ------------------------------------------------------------------------------- numeric arithmetic
-#
-# Where no exact form exists: complex numbers as pairs of Decimals, in the precision of the current
-# decimal context.
-
-_TRAPS = [decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Underflow]
-_LOW, _HIGH = (decimal.Context(prec=digits, Emax=99999, Emin=-99999, traps=_TRAPS)
-               for digits in (30, 60))
-_PI = Decimal("3.14159265358979323846264338327950288419716939937510"
-              "58209749445923078164062862089986280348253421170679")
+_DIGITS = decimal.Context(prec=120, Emax=99999, Emin=-99999, traps=[
+    decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Underflow])
+_ROUNDING = Decimal("1e-117")   # of a few operations, relative to their result
+_WIDEST = Decimal("1e-40")      # ball that can still be compared, relative to its value
+_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620"
+              "8998628034825342117067982148086513282306647093844609550582231725359408128481")
 _0, _1 = Decimal(0), Decimal(1)
 
+class _Ball(NamedTuple):
+    """The complex number re + i im, each part known up to err."""
+    re: Decimal
+    im: Decimal = _0
+    err: Decimal = _0
 
-def _random_points():
-    """Four real points and six whole ones, values for 12 variables each.
+    @property
+    def size(self):
+        return (self.re * self.re + self.im * self.im).sqrt() if self.im else abs(self.re)
 
-    Signs and order differ in every way.
-    """
-    dice = random.Random(0)
-    points = []
-    for signs in ((1,), (-1,), (1, -1), (-1, -1, 1, 1)):
-        points.append(tuple(
-            Decimal(signs[k % len(signs)] * dice.randint(10 ** 11, 24 * 10 ** 11)) / 10 ** 12
-            for k in range(12)))
-    for _ in range(3):
-        whole = tuple(map(Decimal, dice.sample(range(4, 40, 3), 12)))
-        points += [whole, tuple(43 - n for n in whole)]
-    return points
+    def rounded(self):
+        """The ball with room for the rounding of its last operations."""
+        return self._replace(err=self.err + (abs(self.re) + abs(self.im)) * _ROUNDING)
 
+    def __add__(self, other):
+        w = _ball(other)
+        return _Ball(self.re + w.re, self.im + w.im, self.err + w.err).rounded()
 
-_POINTS = _random_points()
+    def __mul__(self, other):
+        (a, b, d), (x, y, e) = self, _ball(other)
+        z_size, w_size = abs(a) + abs(b), abs(x) + abs(y)
+        err = (z_size + d) * e + w_size * d + z_size * w_size * _ROUNDING
+        return _Ball(a * x - b * y, a * y + b * x, err)
+    __radd__, __rmul__ = __add__, __mul__
 
+    def inverse(self):
+        square, far = self.re * self.re + self.im * self.im, self.size - 2 * self.err
+        _need(far > 0, _Undefined)
+        err = 2 * self.err / (self.size * far)
+        return _Ball(self.re / square, -self.im / square, err).rounded()
+
+    def exp(self):
+        _spend(20)
+        _need(self.err < 1, _Undefined)
+        size = self.re.exp()
+        cosine, sine = _circle(self.im) if self.im else (_1, _0)
+        return _Ball(size * cosine, size * sine, 2 * size * (self.err + _ROUNDING)).rounded()
+
+    def ln(self):
+        _spend(20)
+        far = self.size - 2 * self.err
+        _need(far > 0, _Undefined)
+        x, y = self.re / self.size, self.im / self.size
+        angle = _0 if x > 0 else +_PI
+        if abs(self.im) > self.err:
+            angle = Decimal(math.atan2(y, x))  # sixteen digits, tripled by each step of Newton's
+            for _ in range(3):
+                cosine, sine = _circle(angle)
+                angle += y * cosine - x * sine
+        return _Ball(self.size.ln(), angle, 2 * self.err / far + _ROUNDING).rounded()
+
+def _ball(z):
+    return z if isinstance(z, _Ball) else _Ball(Decimal(z.numerator) / z.denominator).rounded()
+
+_dice, _POINTS = random.Random(0), []  # four points of random signs and six whole ones
+for _n in range(10):  # with values for 12 variables each
+    _signed = [_dice.choice((-1, 1)) * Fraction(_dice.randint(100, 2400), 1000) for _ in range(12)]
+    _POINTS.append(_signed if _n < 4 else [Fraction(n) for n in _dice.sample(range(3, 40), 12)])
+with decimal.localcontext(_DIGITS):
+    _KNOWN = {"pi": _Ball(+_PI).rounded(), "e": _Ball(_1.exp()).rounded(), "i": _Ball(_0, _1)}
 
 def _value(node, point):
-    """node as a complex number, its variables taken from `point`.
-
-    Raises _Undefined or ArithmeticError.
-    """
+    """A Fraction or _Ball, variables taken from point; raises _Undefined or ArithmeticError."""
     _spend(2)
-    if isinstance(node, int):
-        return Decimal(node), _0
     if isinstance(node, Fraction):
-        return Decimal(node.numerator) / node.denominator, _0
+        return node
     if isinstance(node, str):
-        if node in point:
-            return point[node], _0
-        if node not in ("pi", "e", "i"):
-            raise _Undefined
-        return {"pi": (+_PI, _0), "e": (_1.exp(), _0), "i": (_0, _1)}[node]
-    kind = node[0]
+        _need(node in point or node in _KNOWN, _Undefined)
+        return point[node] if node in point else _KNOWN[node]
+    kind, *parts = node
+    if kind in ("call", "unit"):
+        name, *parts = parts
+    _need(kind in ("call", "unit", "+", "*", "-", "/", "%", "^"), _Undefined)
+    z, *others = [_value(part, point) for part in parts]
     if kind == "call":
-        return _call(node[1], [_value(argument, point) for argument in node[2:]])
-    if kind == "unit":
-        return _value(node[2], point)
-    if kind not in ("+", "*", "-", "/", "%", "^"):
-        raise _Undefined
-    z = _value(node[1], point)
+        return _call(name, z, *others)
     if kind == "^":
-        n = node[2]
-        # (-8)^(2/3) = 4 is real
-        if isinstance(n, Fraction) and n.denominator % 2 and not z[1] and z[0] < 0:
-            size = _pow((-z[0], _0), (Decimal(n.numerator) / n.denominator, _0))[0]
-            return (-size if n.numerator % 2 else size), _0
-        return _pow(z, _value(n, point))
-    for part in node[2:]:
-        w = _value(part, point)
-        z = _mul(z, w) if kind == "*" else (z[0] + w[0], z[1] + w[1])
+        return _power(z, others[0])
     if kind == "/":
-        return _div((_1, _0), z)
-    return {"-": (-z[0], -z[1]), "%": (z[0] / 100, z[1] / 100)}.get(kind, z)
+        return 1 / z if isinstance(z, Fraction) else z.inverse()
+    for w in others:
+        z = _bounded(z + w if kind == "+" else z * w)
+    return z * {"-": -1, "%": Fraction(1, 100)}.get(kind, 1)
 
+def _bounded(z):
+    if isinstance(z, Fraction):
+        bits = z.numerator.bit_length() + z.denominator.bit_length()
+        _spend(bits // 64)
+        _need(bits <= MAX_BITS, _Undefined)
+    return z
 
-def _mul(z, w):
-    if not z[1] and not w[1]:
-        return z[0] * w[0], _0
-    return z[0] * w[0] - z[1] * w[1], z[0] * w[1] + z[1] * w[0]
-
-
-def _div(z, w):
-    if not z[1] and not w[1]:
-        return z[0] / w[0], _0
-    size = w[0] * w[0] + w[1] * w[1]
-    return (z[0] * w[0] + z[1] * w[1]) / size, (z[1] * w[0] - z[0] * w[1]) / size
-
-
-def _pow(z, w):
-    whole = not w[1] and w[0] == w[0].to_integral_value()
-    if whole and not z[1]:
-        return z[0] ** w[0], _0
+def _power(z, n):
+    """z^n: exact where it is rational; the principal value, but odd roots of negatives are real."""
+    if isinstance(z, Fraction) and isinstance(n, Fraction):
+        if n.denominator == 1:
+            bits = max(abs(z.numerator), z.denominator).bit_length() if abs(z) != 1 else 0
+            _need(abs(n) * bits <= MAX_BITS, _Undefined)
+            return z ** int(n)
+        if z == 0 < n:
+            return z
+        if z < 0 and n.denominator % 2:
+            return _power(-z, n) * (-1) ** n.numerator
     _spend(50)
-    if not w[1] and not z[1] and z[0] > 0:
-        with decimal.localcontext() as context:
-            context.prec += 10  # the exponent's error counts in full
-            power = (w[0] * z[0].ln()).exp()
-        return +power, _0
-    if not z[0] and not z[1]:
-        if w[1] or w[0] <= 0:
-            raise _Undefined
-        return z
-    if whole and abs(w[0]) <= 64:
-        out = (_1, _0)
-        for _ in range(int(abs(w[0]))):
-            out = _mul(out, z)
-        return out if w[0] >= 0 else _div((_1, _0), out)
-    return _exp(_mul(w, _ln(z)))
+    z = _ball(z)
+    if n == Fraction(1, 2) and not z.im and z.size > z.err:         # by far the most frequent
+        root, err = z.size.sqrt(), z.err / z.size.sqrt()
+        return (_Ball(root, _0, err) if z.re > 0 else _Ball(_0, root, err)).rounded()
+    return (z.ln() * n).exp()
 
-
-def _exp(z):
-    _spend(15)
-    size = z[0].exp()
-    if not z[1]:
-        return size, _0
-    sine, cosine = _sine_cosine(z[1])
-    return size * cosine, size * sine
-
-
-def _ln(z):
-    _spend(20)
-    if not z[1]:
-        if not z[0]:
-            raise _Undefined
-        return abs(z[0]).ln(), (+_PI if z[0] < 0 else _0)
-    return (z[0] * z[0] + z[1] * z[1]).ln() / 2, _atan2(z[1], z[0])
-
-
-def _sqrt(z):
-    if not z[1]:
-        return (z[0].sqrt(), _0) if z[0] >= 0 else (_0, (-z[0]).sqrt())
-    size = (z[0] * z[0] + z[1] * z[1]).sqrt()
-    imaginary = ((size - z[0]) / 2).sqrt()
-    return ((size + z[0]) / 2).sqrt(), (imaginary if z[1] > 0 else -imaginary)
-
-
-def _sine_cosine(x):
-    """Taylor series after reduction to [-pi, pi]."""
-    _spend(40)
-    if abs(x) > 10 ** 6:  # would need more digits of pi than we carry
-        raise _Undefined
+def _circle(x):
+    """Cosine and sine, by their series after reduction to [-pi, pi]."""
+    _spend(80)
+    _need(abs(x) < 10 ** 6, _Undefined)  # or more digits of pi than we carry
     with decimal.localcontext() as context:
         context.prec += 10
         x -= (x / (2 * _PI)).to_integral_value() * 2 * _PI
-        sums, term, n, tiny = [_0, _0], _1, 0, Decimal(10) ** -context.prec
-        while abs(term) > tiny:
+        sums, term, n = [_0, _0], _1, 0
+        while abs(term) > Decimal("1e-125"):
             sums[n % 2] += term if n % 4 < 2 else -term
             n += 1
             term *= x / n
-    return +sums[1], +sums[0]
+    return +sums[0], +sums[1]
 
-
-def _atan2(y, x):
-    """The angle of the point (x, y).
-
-    Halved until its tangent is small, then the series of the arcus tangent.
-    """
-    _spend(60)
-    if not x and not y:
-        raise _Undefined
-    with decimal.localcontext() as context:
-        context.prec += 10
-        if x < 0:  # turn by half a circle: more accurate there
-            turned = _atan2(-y, -x) if y else _0
-            return turned + (_PI if y >= 0 else -_PI)
-        t, doublings = y / ((x * x + y * y).sqrt() + x), 1          # the tangent of half the angle
-        while abs(t) > Decimal("0.1"):
-            t, doublings = t / (1 + (1 + t * t).sqrt()), doublings + 1
-        total, power, n, tiny = _0, t, 1, Decimal(10) ** -context.prec
-        while abs(power) > tiny:
-            total += power / n if n % 4 == 1 else -power / n
-            power *= t * t
-            n += 2
-        return total * 2 ** doublings
-
-
-def _call(name, arguments):
-    """A function of complex arguments; all but roots, logarithms, exp and abs want them real."""
-    z = arguments[0]
+def _call(name, z, k=Fraction(0)):
+    """A function of values; all but ln, abs and the formulas want them real."""
     _spend(10)
-    if name == "abs":
-        return (abs(z[0]) if not z[1] else (z[0] * z[0] + z[1] * z[1]).sqrt()), _0
-    if name == "exp":
-        return _exp(z)
+    if name in _FORMULAS:
+        return _value(_FORMULAS[name], {"x": z})
     if name == "ln":
-        return _ln(z)
-    if name == "log":
-        return _div(_ln(z), _ln(arguments[1]))
-    if name == "root":
-        index = arguments[1]
-        if index == (2, 0):
-            return _sqrt(z)
-        if index[0] % 2 and not index[1] and not z[1] and z[0] < 0:  # odd roots are real
-            z = _pow((-z[0], _0), (1 / index[0], _0))
-            return -z[0], _0
-        return _pow(z, _div((_1, _0), index))
-    if any(argument[1] for argument in arguments):
-        raise _Undefined
-    x, y = z[0], arguments[-1][0]
-    if name in _ANGLES:
-        sine, cosine = _sine_cosine(x)
-        top, bottom = {"sin": (sine, _1), "cos": (cosine, _1), "tan": (sine, cosine),
-                       "cot": (cosine, sine), "sec": (_1, cosine), "csc": (_1, sine)}[name]
-        return top / bottom, _0
-    if name in ("sinh", "cosh", "tanh"):
-        up, down = x.exp(), (-x).exp()
-        top, bottom = {"sinh": (up - down, 2), "cosh": (up + down, 2),
-                       "tanh": (up - down, up + down)}[name]
-        return top / bottom, _0
-    if name == "arctan":
-        return _atan2(x, _1), _0
-    if name in ("arcsin", "arccos") and abs(x) <= 1:
-        other = (1 - x * x).sqrt()
-        return _atan2(*((x, other) if name == "arcsin" else (other, x))), _0
-    if name in ("floor", "ceil"):
-        return x.to_integral_value(
-            decimal.ROUND_FLOOR if name == "floor" else decimal.ROUND_CEILING), _0
-    if name in ("min", "max"):
-        return (min if name == "min" else max)(argument[0] for argument in arguments), _0
-    if (name in ("factorial", "binom") and 0 <= x <= 200 and 0 <= y <= 200
-            and x == int(x) and y == int(y)):
-        return Decimal(math.factorial(int(x)) if name == "factorial"
-                       else math.comb(int(x), int(y))), _0
-    raise _Undefined
+        return _ball(z).ln()
+    if name == "abs":
+        return abs(z) if isinstance(z, Fraction) else _Ball(z.size, _0, 2 * z.err).rounded()
+    if name in ("factorial", "binom"):
+        _need(all(isinstance(n, Fraction) and n in range(1001) for n in (z, k)), _Undefined)
+        _spend(100)
+        whole = math.comb(int(z), int(k)) if name == "binom" else math.factorial(int(z))
+        return _bounded(Fraction(whole))
+    x, err = _real(z), _ball(z).err
+    if name in ("sin", "cos"):
+        return _Ball(_circle(x)[name == "sin"], _0, err + _ROUNDING * (1 + abs(x)))
+    low, high = (z, z) if isinstance(z, Fraction) else (x - err, x + err)
+    function = math.floor if name == "floor" else math.ceil
+    _need(function(low) == function(high), _Undefined)
+    return Fraction(function(low))
 
+def _real(z):
+    """The real number of a value, as a Decimal."""
+    z = _ball(z)
+    _need(abs(z.im) <= z.err <= _WIDEST * max(1, z.size), _Undefined)
+    return z.re
 
-def _try_value(node, point, context):
-    """The value in the context's precision, or None where it is undefined."""
+_FORMULAS = {name: _parse(_tokens(formula, False)) for name, formula in {
+    "tan": r"\sin x / \cos x", "cot": r"\cos x / \sin x", "sec": r"1/\cos x", "csc": r"1/\sin x",
+    "sinh": "(e^x-e^{-x})/2", "cosh": "(e^x+e^{-x})/2", "tanh": "1-2/(e^{2x}+1)",
+    "arcsin": r"-i\ln(ix+\sqrt{1-x^2})", "arccos": r"-i\ln(x+i\sqrt{1-x^2})",
+    "arctan": r"i(\ln(1-ix)-\ln(1+ix))/2"}.items()}
+
+def _try(function, *arguments):
+    """The function's value, or None where it is undefined."""
     try:
-        with decimal.localcontext(context):
-            return _value(node, point)
+        with decimal.localcontext(_DIGITS):
+            return function(*arguments)
     except (_Undefined, ArithmeticError):
+        _spend(0)  # raises again if the work is used up
         return None
 
-
-def _agree(a, b, point):
-    """Are two nodes equal at a point, judged in two precisions? None where one is undefined.
-
-    No tolerance says how small a difference may be: a true zero shrinks with the rounding error
-    when the precision doubles, any other difference stays.
-    """
-    low_a, low_b = _try_value(a, point, _LOW), _try_value(b, point, _LOW)
-    if low_a is None or low_b is None:
-        return None
-    with decimal.localcontext(_HIGH) as context:
-        context.clear_traps()
-        low_gap = max(abs(low_a[0] - low_b[0]), abs(low_a[1] - low_b[1]))
-        if low_gap > Decimal("1e-12") and low_gap > Decimal("1e-12") * max(map(abs, low_a + low_b)):
-            return False  # far more than rounding: no need to look closer
-    high_a, high_b = _try_value(a, point, _HIGH), _try_value(b, point, _HIGH)
-    if high_a is None or high_b is None:
-        return None
-    with decimal.localcontext(_HIGH) as context:
-        context.clear_traps()
-        gap = max(abs(high_a[0] - high_b[0]), abs(high_a[1] - high_b[1]))
-        return (gap <= Decimal("1e-54") * max(map(abs, high_a + high_b))
-                or gap <= Decimal("1e-26") * low_gap)
+def _close(z, w):
+    """Are two values equal? None where one of them is undefined or too uncertain."""
+    if None in (z, w) or isinstance(z, Fraction) and isinstance(w, Fraction):
+        return None if None in (z, w) else z == w
+    with decimal.localcontext(_DIGITS):
+        z, w = _ball(z), _ball(w)
+        touch = max(abs(z.re - w.re), abs(z.im - w.im)) <= z.err + w.err
+        narrow = z.err + w.err <= _WIDEST * max(1, min(z.size, w.size))
+        return touch and (narrow or None)
 
 
-# --------------------------------------------------------------------------------------- comparison
+# ---- comparison ----
+
+def _at_points(names):
+    """Points for these variables; one without any, none for more than there are values."""
+    for values in (_POINTS if names else [()]) if len(names) <= 12 else ():
+        yield dict(zip(sorted(names), values))
 
 def _same_value(a, b):
-    """Are two values equal?
-
-    Exactly if both have an exact form, else at random points in two precisions.
-    """
-    if a == b:
-        return True
-    _spend(5)
-    try:
-        (top_a, bottom_a), (top_b, bottom_b) = _exact(a), _exact(b)
-        if bottom_a == bottom_b:
-            return top_a == top_b
-        return _product(top_a, bottom_b) == _product(top_b, bottom_a)
-    except _Undefined:
-        return False
-    except _TooLarge:
-        if not _names(a, _names(b, set())):
-            return False
-    except _Inexact:
-        pass
-    names = sorted(_names(a, _names(b, set())))
-    agreements = 0
-    for values in _POINTS if names else [()]:
-        agree = _agree(a, b, dict(zip(names, values))) if len(names) <= len(values) else False
+    """Are two values equal, as they stand or at three random points or more?"""
+    names, agreements = _names(a, b), 0
+    for point in _at_points(names):
+        agree = _close(_try(_value, a, point), _try(_value, b, point))
         if agree is False:
             return False
         agreements += bool(agree)
@@ -1631,70 +1082,48 @@ def _same_value(a, b):
             break
     return agreements >= (3 if names else 1)
 
-
 def _same(a, b):
     """Are two parsed answers equal? Raises _Undefined when the work is used up."""
-    if a == b:
-        return True
+    if a == b and (not isinstance(a, tuple) or a[0] in ("text", "based") or a == _MINUS_INFINITY):
+        return True  # of other things parts might be undefined
     _spend(2)
     unit_a, a = a[1:] if isinstance(a, tuple) and a[0] == "unit" else ("", a)
     unit_b, b = b[1:] if isinstance(b, tuple) and b[0] == "unit" else ("", b)
     if unit_a and unit_b and unit_a != unit_b:                                          # P3
         return False
     kind_a, kind_b = _kind(a), _kind(b)
-    if "rel" in (kind_a, kind_b) and (kind_a != kind_b or a[1][0] != b[1][0]):
-        named_a, named_b = _after_name(a), _after_name(b)
-        if (named_a is None) != (named_b is None):                                      # P7
-            return _same(a if named_a is None else named_a, b if named_b is None else named_b)
     kinds = {kind_a, kind_b}
+    if "rel" in kinds and (kind_a != kind_b or a[1][0] != b[1][0]):                     # P7
+        named_a, named_b = _after_name(a), _after_name(b)
+        if (named_a is None) != (named_b is None):
+            return _same(a if named_a is None else named_a, b if named_b is None else named_b)
     if kinds == {"value"}:
-        bare_a, bare_b = (x[1] if isinstance(x, tuple) and x[0] == "%" else None for x in (a, b))
-        if (bare_a is None) != (bare_b is None) and _same_value(                        # P5
-                a if bare_a is None else bare_a, b if bare_b is None else bare_b):
-            return True
-        return _same_value(a, b)
+        percent = [isinstance(x, tuple) and x[0] == "%" for x in (a, b)]                # P5
+        bare = [x[1] if has else x for x, has in zip((a, b), percent)]
+        return _same_value(a, b) or (sum(percent) == 1 and _same_value(*bare))
     if _is_region(a) or _is_region(b):                                                  # P10
-        if kinds == {"rel"} and _names(a, set()) != _names(b, set()):
+        if kinds == {"rel"} and _names(a) != _names(b):
             return False
-        region_a, region_b = _region(a), _region(b)
-        if region_a is not None and region_b is not None:
-            return len(region_a) == len(region_b) and all(
-                x[1] == y[1] and x[3] == y[3]
-                and _equal_ends(x[0], y[0]) and _equal_ends(x[2], y[2])
-                for x, y in zip(region_a, region_b))
-    if "seq" in kinds and "matrix" in kinds:  # a column vector as a tuple
-        a, b = (a, b) if kind_b == "seq" else (b, a)
-        return a[1] == 1 and b[1] == "()" and _same_parts(a, b)
-    if "seq" in kinds and "list" in kinds:
-        a, b = (a, b) if kind_b == "seq" else (b, a)
-        if all(_same(x, b) for x in a[1:]):  # (1,2) or (2/2,2)
-            return True
-        values = [_after_name(x) for x in a[1:]]
-        # m = 3, b = 1
-        return None not in values and b[1] == "()" and _same_parts(("list", *values), b)
-    if kinds & {"list", "set", "all"} and not kinds & {"seq", "matrix"}:
-        items_a, items_b = (x[1:] if k in ("list", "set", "all") else (x,)
-                            for x, k in ((a, kind_a), (b, kind_b)))
-        return _same_items(items_a, items_b, "set" in kinds or "value" in kinds)
-    if "ratio" in kinds and kinds <= {"ratio", "value"}:  # 3:4 is 6:8 and 3/4
-        x, y = (n[1:] if k == "ratio" else (n, 1) for n, k in ((a, kind_a), (b, kind_b)))
-        return len(x) == len(y) and all(
-            _same_value(("*", x[k], y[k + 1]), ("*", x[k + 1], y[k]))
-            for k in range(len(x) - 1))
+        same = _same_region(a, b)
+        if same is not None:
+            return same
+    if kinds == {"seq", "list"}:
+        seq, items = (a, b[1:]) if kind_a == "seq" else (b, a[1:])
+        named = [_after_name(x) for x in items]                     # m = 3, b = 1
+        return all(_same(x, seq) for x in items) or (
+            None not in named and seq[1] == "()" and _same_parts(("list", *named), seq))
+    if kinds & {"list", "set", "all"} and not kinds & {"seq", "matrix"}:                # P6
+        xs, ys = (_parts(x) if _kind(x) in ("list", "set", "all") else (x,) for x in (a, b))
+        return _same_items(xs, ys, "set" in kinds or "value" in kinds)
     if kinds == {"based", "value"}:                                                     # P13
-        based, value = (a, b) if kind_a == "based" else (b, a)
-        return isinstance(value, int) and based[1] == str(value)
+        return str(b) == a[1] if kind_a == "based" else str(a) == b[1]
     if kinds == {"rel"}:
         return _same_relation(a, b)
-    if kinds in ({"seq"}, {"matrix"}):
-        return a[1] == b[1] and _same_parts(a, b)
-    return False
-
+    return kinds in ({"seq"}, {"matrix"}) and a[1] == b[1] and _same_parts(a, b)
 
 def _same_parts(a, b):
     a, b = _parts(a), _parts(b)
     return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
-
 
 def _same_items(xs, ys, repetition):
     """Equal in any order (P6). repetition: may an item occur more often on one side?"""
@@ -1703,173 +1132,119 @@ def _same_items(xs, ys, repetition):
                 and all(any(_same(x, y) for x in xs) for y in ys))
     rest = list(ys)
     for x in xs:
-        match = rest.index(x) if x in rest else next(
-            (k for k, y in enumerate(rest) if _same(x, y)), None)
+        match = next((k for k, y in enumerate(rest) if _same(x, y)), None)
         if match is None:
             return False
         del rest[match]
     return not rest
 
-
 def _after_name(node):
-    """What stands after a name (P7): 5 of x = 5, f(x) = 5 and x = 2 + 3 = 5; S of x in S.
-
-    None without a name.
-    """
+    """What stands after a name (P7): 5 of x = 5, f(x) = 5 and x = y = 5; S of x in S, or None."""
     if _kind(node) != "rel" or set(node[1]) not in ({"="}, {"in"}):
         return None
     terms = node[2:]
     if len(terms) == 2 and _is_name(terms[1]) and not _is_name(terms[0]):
         return terms[0]
-    if not _is_name(terms[0]) or not all(_same(x, terms[-1]) for x in terms[1:-1]):
-        return None
-    return terms[-1]
-
+    named = _is_name(terms[0]) and all(_is_name(x) or _same(x, terms[-1]) for x in terms[1:-1])
+    return terms[-1] if named else None
 
 def _is_name(node):
-    """x, x_1, f(x), (x, y), or points side by side: AB."""
-    if isinstance(node, str):
-        return node not in _CONSTANTS
-    return isinstance(node, tuple) and (
-        (node[0] == "seq" and all(map(_is_name, node[2:])))
-        or (node[0] == "*" and all(
-            isinstance(x, str) and len(x) == 1 and x.isupper() for x in node[1:])))
-
+    """Made of letters only: x, x_1, f(x), (x, y), AB, p+q, |AB|, V_1:V_2."""
+    if not isinstance(node, tuple):
+        return isinstance(node, str) and node not in _CONSTANTS
+    if node[0] == "+":
+        return all(_is_name(x[1] if isinstance(x, tuple) and x[0] == "-" else x) for x in node[1:])
+    named = node[0] in ("*", "seq") or node[:2] == ("call", "abs")
+    named = named or (node[0] == "/" and isinstance(node[1], str))
+    return named and all(map(_is_name, _parts(node)))
 
 def _same_relation(a, b):
     """Equal term by term, or one equation or inequality a constant multiple of the other (P11)."""
     a, b = (("rel", tuple(_FLIPPED[sign] for sign in r[1][::-1]), *r[:1:-1])
             if r[1][0] in (">", ">=") else r for r in (a, b))
-    if a[1] != b[1]:
-        return False
-    if _same_parts(a, b):
-        return True
+    if a[1] != b[1] or _same_parts(a, b):
+        return a[1] == b[1]
     if len(a[1]) > 1 or a[1] == ("in",) or any(_kind(x) != "value" for x in a[2:] + b[2:]):
         return False
     f, g = (("+", r[2], ("-", r[3])) for r in (a, b))
-    names = sorted(_names(f, _names(g, set())))
-    # f = c g with a constant c means f(x) g(p) = g(x) f(p) for all x and one point p where neither
-    # is zero.
-    f_p, g_p = (_at(node, {name: Fraction(7 + 4 * k, 5) for k, name in enumerate(names)})
-                for node in (f, g))
-    if not names or _same_value(f_p, 0) or _same_value(g_p, 0) or not _same_value(
-            ("*", f, g_p), ("*", g, f_p)):
+    ratios = []
+    for point in _at_points(_names(f, g)):
+        ratio = _try(_value, ("*", f, ("/", g)), point)
+        if ratio is not None and _try(_value, ("/", "ratio"), {"ratio": ratio}) is not None:
+            ratios.append(ratio)
+    if len(ratios) < 3 or not all(_close(ratio, ratios[0]) for ratio in ratios):
         return False
-    ratio = _try_value(("*", f_p, ("/", g_p)), {}, _LOW)
-    return ratio is not None and (ratio[0] > 0 or a[1][0] in ("=", "!="))
+    return a[1][0] in ("=", "!=") or _ball(ratios[0]).re > 0
 
 
-def _at(node, values):
-    """The node with values for its variables."""
-    if isinstance(node, tuple):
-        return _with_parts(node, lambda part: _at(part, values))
-    return values.get(node, node) if isinstance(node, str) else node
+# ---- regions of the line ----
 
-
-# ------------------------------------------------------------------------------ regions of the line
-#
-# A region is a sorted list of disjoint intervals (low end, is it in, high end, is it in), the ends
-# Decimals.
-
-_INFINITE = Decimal("Infinity")
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "in": "in"}
-
+_HOLDS = {"<": (-1,), ">": (1,), "<=": (-1, 0), ">=": (0, 1), "=": (0,), "!=": (-1, 1)}
 
 def _is_region(node):
     """Does the answer describe a part of the real line? (A pair alone may be a point.)"""
     kind = _kind(node)
     return (node == "ℝ" or kind in ("union", "minus", "all")
-            or (kind == "rel" and bool(set(node[1]) & _INEQUALITIES))
+            or (kind == "rel" and not set(node[1]) <= {"=", "in"})
             or (kind == "list" and all(map(_is_region, node[1:]))))
 
+def _same_region(a, b):
+    """Do they hold the same ends, points between and beyond? None if that cannot be told."""
+    try:
+        ends_a, ends_b = _ends(a), _ends(b)
+        ends = sorted({end for end in ends_a + ends_b if end and end.is_finite()} | {_0})
+        with decimal.localcontext(_DIGITS):
+            points = [ends[0] - 10 ** 6, ends[0] - 1, *ends, ends[-1] + 1, ends[-1] + 10 ** 6]
+            points += [(2 * x + y) / 3 for x, y in zip(ends, ends[1:]) if _order(x, y)]
+            inside = [_contains(a, x) for x in points]
+            same = any(inside) and inside == [_contains(b, x) for x in points]
+        return None if None in ends_a and None in ends_b else same
+    except _Unreadable:
+        return None
 
-def _region(node):
-    """The region that an answer describes, or None."""
-    kind = _kind(node)
-    if node == "ℝ":
-        return [(-_INFINITE, False, _INFINITE, False)]
-    if kind == "seq" and len(node) == 4:
-        low, high = _end(node[2]), _end(node[3])
-        if low is None or high is None or low > high:
-            return None
-        return [(low, node[1][0] == "[", high, node[1][1] == "]")]
-    if kind == "set":
-        ends = [_end(x) for x in node[1:]]
-        return None if None in ends else _merged([(end, True, end, True) for end in ends])
+def _ends(node):
+    """The ends of a region; None is that of 2x < 6. Raises _Unreadable if it is no region."""
+    kind, names = _kind(node), _names(node)
     if kind == "rel":
-        parts = [_half_line(*step) for step in zip(node[2:], node[1], node[3:])]
-    elif kind == "value":
-        end = _end(node)
-        return None if end is None else [(end, True, end, True)]
-    elif kind in ("list", "all", "union", "minus"):
-        parts = [_region(part) for part in node[1:]]
-    else:
-        return None
-    if None in parts:
-        return None
-    if kind in ("list", "union"):
-        return _merged(sum(parts, []))
+        _need(len(names) == 1)
+        return [None if _names(side) else _end(side) for side in node[2:] if side not in names]
+    if kind == "seq":
+        ends = [_end(part, infinite=True) for part in node[2:]]
+        _need(len(ends) == 2 and ends[0] <= ends[1])
+        _need(all(end.is_finite() or bracket in "()" for end, bracket in zip(ends, node[1])))
+        return ends
+    if kind == "value":
+        return [] if node == "ℝ" else [_end(node)]
+    _need(kind in ("list", "set", "all", "union", "minus"))
+    return [end for part in node[1:] for end in _ends(part)]
+
+def _contains(node, x):
+    kind = _kind(node)
+    if kind == "seq":
+        low, high = (_end(part, infinite=True) for part in node[2:])
+        low, high = _order(low, x), _order(x, high)
+        return low < (node[1][0] == "[") and high < (node[1][1] == "]")
+    if kind == "value":
+        return node == "ℝ" or _order(x, _end(node)) == 0
+    if kind == "rel":
+        sides = [_end(side, dict.fromkeys(_names(node), Fraction(x))) for side in node[2:]]
+        return all(_order(left, right) in _HOLDS[sign]
+                   for left, sign, right in zip(sides, node[1], sides[1:]))
+    inside = [_contains(part, x) for part in node[1:]]
     if kind == "minus":
-        parts[1] = _complement(parts[1])
-    return _complement(_merged(sum(map(_complement, parts), [])))  # the intersection
+        return inside == [True, False]
+    return all(inside) if kind == "all" else any(inside)
 
+def _end(node, point=None, infinite=False):
+    """An end of an interval as a Decimal. Raises _Unreadable where there is none."""
+    if node in ("∞", _MINUS_INFINITY) and infinite:
+        return Decimal("Infinity" if node == "∞" else "-Infinity")
+    real = _try(lambda: _real(_value(node, point or {})))
+    _need(real is not None)
+    return real
 
-def _half_line(left, sign, right):
-    """Solve an inequality for its one variable if it is linear.
-
-    f(x) = a x + b exactly if four points say so.
-    """
-    f = ("+", left, ("-", right))
-    names = _names(f, set())
-    if len(names) != 1 or sign == "in" or _kind(left) != "value" or _kind(right) != "value":
-        return None
-    name = names.pop()
-    f_0, f_1, f_2, f_3 = (_at(f, {name: x}) for x in (0, 1, 2, Fraction(-13, 7)))
-    slope = ("+", f_1, ("-", f_0))
-    if not _same_value(("+", f_2, ("-", f_1)), slope) or not _same_value(
-            ("+", f_3, ("-", f_0)), ("*", Fraction(-13, 7), slope)):
-        return None
-    bound, rise = _end(("*", ("-", f_0), ("/", slope))), _end(slope)
-    if bound is None or not rise:
-        return None
-    sign = sign if rise > 0 else _FLIPPED[sign]
-    below, above = (-_INFINITE, False, bound, sign == "<="), (bound, sign == ">=", _INFINITE, False)
-    if sign == "=":
-        return [(bound, True, bound, True)]
-    return [below, above] if sign == "!=" else [below] if sign in ("<", "<=") else [above]
-
-
-def _end(node):
-    if node in ("∞", ("-", "∞")):
-        return _INFINITE if node == "∞" else -_INFINITE
-    if _names(node, set()) or _kind(node) != "value":
-        return None
-    value = _try_value(node, {}, _HIGH)
-    return value[0] if value and not value[1] else None
-
-
-def _equal_ends(x, y):
-    return x == y or (x.is_finite() and y.is_finite() and abs(x - y) < Decimal("1e-25") * abs(x))
-
-
-def _merged(intervals):
-    """The union of intervals: sort them and join those that touch."""
-    out = []
-    for low, low_in, high, high_in in sorted(
-            intervals, key=lambda interval: (interval[0], not interval[1])):
-        if low == high and not (low_in and high_in):
-            continue
-        if out and (low < out[-1][2] or (_equal_ends(low, out[-1][2]) and (low_in or out[-1][3]))):
-            low, low_in, top, top_in = out.pop()
-            high, high_in = max((high, high_in), (top, top_in))
-        out.append((low, low_in, high, high_in))
-    return out
-
-
-def _complement(region):
-    out, low, low_in = [], -_INFINITE, False
-    for start, start_in, end, end_in in region:
-        if low < start or (low == start and low_in and not start_in):
-            out.append((low, low_in, start, not start_in))
-        low, low_in = end, not end_in
-    return out + [(low, low_in, _INFINITE, False)] if low < _INFINITE else out
+def _order(x, y):
+    """-1, 0 or 1 for x < y, equal up to rounding, x > y."""
+    near = x.is_finite() and y.is_finite() and abs(x - y) <= _WIDEST * max(abs(x), abs(y))
+    return 0 if near or x == y else -1 if x < y else 1

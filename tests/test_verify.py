@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import random
+import re
 import time
 import tracemalloc
 from fractions import Fraction
@@ -16,7 +17,16 @@ from pathlib import Path
 import pytest
 
 import verify
-from verify import STATUSES, Verdict, extract_answer, is_equivalent, judge
+from verify import (
+    STATUSES,
+    Verdict,
+    extract_answer,
+    final_answer,
+    is_equivalent,
+    judge,
+    kind_of,
+    last_number,
+)
 
 SHARED = Path(os.environ["SA_SHARED"]) if "SA_SHARED" in os.environ else None
 needs_shared = pytest.mark.skipif(not SHARED, reason="SA_SHARED does not name the shared folder")
@@ -39,7 +49,7 @@ EXTRACT = [
     ("It is $\\boxed{12}$, after 3 tries.", "12"), ("\\boxed{1} no, wait: \\boxed{2}", "2"),
     ("\\boxed{\\boxed{6}}", "6"), ("$\\boxed{\\frac{1}{\\sqrt{2}}}$", "\\frac{1}{\\sqrt{2}}"),
     ("\\fbox{7}", "7"), ("\\boxed 31", "31"), ("\\boxed{ 5 }", "5"), ("\\boxed {5}", "5"),
-    ("\\boxed{\n5\n}", "5"), ("\\boxed{}", None), ("\\boxed{ } so 3", "3"),
+    ("\\boxed{\n5\n}", "5"), ("\\boxed{}", None), ("\\boxed{ } so 3", None),
     ("\\boxed{\\{3, 4\\}}", "\\{3,4\\}"), ("\\boxed{4} } {", "4"), ("{ \\boxed{4}", "4"),
     ("\\boxed{\\frac{1}{2", None), ("\\boxed{5} then \\boxed{6", None), ("\\boxed", None),
     ("\\boxed{\\$9}", "9"), ("\\boxed{1{,}000}", "1000"),
@@ -61,21 +71,39 @@ EXTRACT = [
     ("The answer is `4`.", "4"), ("The answer:", None), ("The answer is 4. The answer is", None),
     ("The answer is 4, no, the answer is 5.", "5"), ("The answer is −3.", "-3"),
     ("The answer is 30%.", "30%"), ("The answer is 2\n#### 3", "2"), ("The answer is 7\r\n", "7"),
-    ("Answer: 4:30 p.m.", "4:30 pm"), ("24 answers * 2 points/answer = 48 points\n#### 66", "66"),
+    ("24 answers * 2 points/answer = 48 points\n#### 66", "66"),
     ("The answer is **4** cats.", "4"), ("The answer is therefore 4.", "4"),
     ("The answer is <<2+2=4>>4.", "4"),
     # R3
     ("2 + 2 = 4\n#### 4", "4"), ("#### 1,000", "1000"), ("####5", "5"), ("#### -5", "-5"),
     ("#### $5", "5"), ("#### 4\nThat was 1 of 3.", "4"), ("#### 4\n#### 5", "5"),
-    ("#### Part 2\nso 6", "6"),
+    ("#### Part 2\nso 6", None),
     # R4
     ("15", "15"), ("3/5", "3/5"), ("\\frac{3}{5}", "3/5"), ("D", "D"), ("false", "False"),
     ("x = 2", "2"), ("$2x+1$", "1+2x"), ("**15**", "15"), ("(1, 2)", "(1,2)"), ("50%", "1/2"),
-    # R5
-    ("He has 3 and buys 4 more, 7 in all", "7"), ("In the end, 1,234,567 votes", "1234567"),
-    ("It costs $3.20.", "3.2"), ("It fell to -8 degrees", "-8"), ("So 5-3=2", "2"),
-    ("about 2/3 of them", "2/3"), ("a share of \\frac{2}{3} then", "2/3"),
-    ("up by 12.5% then", "12.5%"), ('{"answer": 7}', "7"),
+    # R1b
+    ("<think>3</think> <answer>4</answer>", "4"), ("<answer>x^2+1</answer>", "x^2+1"),
+    ("<answer>It makes 3 + 4 = 7 cups.</answer>", "7"), ("<answer>4</answer><answer>5</answer>",
+     "5"),
+    ("\\boxed{3} <answer>4</answer>", "3"), ("The answer is 3. <answer>4</answer>", "4"),
+    # R2, what a sentence states
+    ("The answer is: So they make 100 hours * $50/hour = $5000 a day", "5000"),
+    ("The answer is: The largest n is 41.", "41"), ("Answer: 213+48 = 261", "261"),
+    ("Final Answer: The volume of $ABCD$ is 150. I hope it is correct.", "150"),
+    ("Final Answer: Kim started 4 hours ago.", "4"), ("The answer is that **18** are left.", "18"),
+    ("The answer is 64, in total, so that is it.", "64"), ("Answer 64", "64"),
+    ("Answer $64$", "64"), ("Answer seems to be A.", "A"), ("Answer: I think it is C", "C"),
+    ("Thus $x <= 6$ is our answer.", "x<=6"), ("So **12** is the final answer.", "12"),
+    ("The answer is:\n- 6", "6"), ("The answer to the second part is 12.", "12"),
+    ("Answer: Mr. Lee needs 4 x 4 = <<4*4=16>>16 tiles", "16"), ("Answer: 2 + 2 = 5 pens", "5"),
+    ("The answer is: If 3 are lost, he has 5 - 3 = 2 hats left", "2"),
+    ("Answer: the pie costs $3.50 and 2 pies cost $7", "the pie costs $3.50 and 2 pies cost $7"),
+    # numbers that merely stand in the text
+    ("He has 3 and buys 4 more, 7 in all", None), ("In the end, 1,234,567 votes", None),
+    ("It costs $3.20.", None), ("So 5-3=2", None), ("about 2/3 of them", None),
+    ("up by 12.5% then", None), ("There are 6! orders.", None), ('{"answer": 7}', "7"),
+    # mentions and headings
+    ("I will write it in \\boxed{}.\n2 + 3 = 5", "5"), ("#### Step 1: add\n4 + 5 = 9", "9"),
     # R6
     ("", None), (" \n ", None), ("I do not know.", None), ("Let me think about that, and", None),
 ]
@@ -93,10 +121,7 @@ def test_extraction(response, answer):
 
 @needs_shared
 def test_extraction_shared():
-    """Labels of a stricter rule than R5 are left out: a bare last number still counts here."""
-    cases = read_jsonl(SHARED / "verify" / "extract_visible.jsonl")
-    cases = [case for case in cases if not case["why"].startswith("no commitment (was R5)")]
-    wrong = []
+    cases, wrong = read_jsonl(SHARED / "verify" / "extract_visible.jsonl"), []
     for case in cases:
         answer, extracted = case["answer"], extract_answer(case["response"])
         if extracted in (answer, *case.get("also", [])):
@@ -104,7 +129,23 @@ def test_extraction_shared():
         if None in (answer, extracted) or not is_equivalent(extracted, answer):
             wrong.append((case["why"], extracted))
     print(f"{len(cases) - len(wrong)} of {len(cases)} extracted; not: {wrong}")
-    assert len(wrong) <= 0.03 * len(cases), wrong
+    assert len(wrong) <= 0.02 * len(cases), wrong
+
+
+@needs_shared
+def test_reported_shared():
+    """Every pair and response that a grader got wrong in a public report."""
+    wrong, cases = [], read_jsonl(SHARED / "verify" / "reported.jsonl")
+    for case in cases:
+        if "response" in case:
+            right = (judge(case["response"], case["reference"]).reward == 1) is case["reward"]
+        else:
+            a, b = case["prediction"], case["reference"]
+            right = is_equivalent(a, b) is is_equivalent(b, a) is case["equal"]
+        if not right:
+            wrong.append(case)
+    print(f"{len(cases) - len(wrong)} of {len(cases)} as labelled")
+    assert not wrong
 
 
 # -------------------------------------------------------------------------------------- equivalence
@@ -118,16 +159,33 @@ EQUAL = r"""
     0.25 === .25 === 1/4 === \frac14 === \dfrac{1}{4} === \frac{1}4 === 25\% === 25% ===
         25 percent === ¼ === 2^{-2}
     0.25 === 0.250
+    261 === 213+48=261 === x = 213+48 = 261 === 522/2 = 261 = 260+1
+    5 === p+q = 5 === |AB| = 5 === \angle ABC = 5^\circ === P(A) = 5 === xy = 5 === V_1:V_2 = 5 ===
+        f'(x) = 5 === f^{-1}(x) = 5 === 5 \approx 5.01 === x \approx 5
+    \frac{\sqrt5}{5} === \frac{\sqrt5}{5}\approx0.447 === y = \frac{1}{\sqrt5} \approx 0.4
+    3/8 === 3 eighths === 3 \text{ eighths} === 0.375
+    0.007 === 7 thousandths
+    1500000 === 1.5 million === 1.5 million dollars
+    20 === 20 mpg === 20 °C === 20 yen === 20 cows === 20 a day === 20 per day === 20 m/s^2 ===
+        20 km/h === 20\% === \textbf{20^{th}} === \textcolor{red}{20} === \underline{20}
+    14 === \textbf{14^{th}} === 14^\text{th} === {14^\circ} === \displaystyle 14
+    {3 \over 4} === \frac34 === {1+2 \over 2\cdot2}
+    y^\frac12 === \sqrt{y}
+    x^2 y^3 === x^2y^3 === y^3 x^2
+    72 === 2^3 3^2 === 2^3\cdot3^2
+    e^{9}-2 === exp(9) - 2 === \mathrm{e}^9-2
+    8\cos{60^\circ} === 4 === 8\sin(30^\circ)
+    k=4,5,6 === 4, 5, 6 === k = 4 or k = 5 or k = 6
+    odd === \displaystyle\text{odd} === \boldsymbol{\text{odd}}
+    52 === 52_8
     2.5 === 2\frac{1}{2} === 2 1/2 === 2½ === \frac52 === 5 / 2 === 250%
     -2.5 === -2\frac{1}{2} === -2 1/2
     1/3 === 0.\overline{3} === .\overline{3} === \frac{2}{6} === \frac{\frac{2}{3}}{2}
     0.1\overline{6} === 1/6
     3\times10^{5} === 3e5 === 300000 === 3 \cdot 10^5 === 300,000 === 300 thousand
     2^{10} === 2**10 === 1024 === 2^10 === 4^5
-    2^{3^2} === 512 === 2^3^2
-    120 === 5! === \binom{10}{3} === \frac{10!}{3!7!} === |-120| === \lfloor 120.9 \rfloor ===
-        \gcd(240, 360)
-    120 === \max(3, 120)
+    2^{3^2} === 512
+    120 === 5! === \binom{10}{3} === \frac{10!}{3!7!} === |-120| === \lfloor 120.9 \rfloor
     \sqrt{12} === 2\sqrt{3} === 2 * sqrt(3) === √12 === 12^{1/2} === \frac{6}{\sqrt{3}} ===
         \sqrt 3 + \sqrt{3}
     \sqrt{12} === 12^{0.5}
@@ -169,7 +227,7 @@ EQUAL = r"""
         \langle 1/2, 2\rangle
     (1/2, \sqrt{4}) === x = 1/2, y = 2
     (-\infty,3] === x \le 3 === x<=3 === 3\ge x === 2x-6\leq0 === x\in(-\infty,3] === -x \geq -3
-    (-\infty,3] === \{x \mid x \le 3\} === ]-∞,3]
+    (-\infty,3] === ]-∞,3]
     (-1,\sqrt2] === -1<x\le\sqrt2 === x>-1 and x\le 2^{1/2}
     (-\infty,1)\cup(3,\infty) === x<1 or x>3 === (3,\infty)\cup(-\infty,1)
     x\ne5 === \mathbb{R}\setminus\{5\} === (-\infty,5)\cup(5,\infty)
@@ -186,8 +244,6 @@ EQUAL = r"""
     True === true === \text{True} === yes
     June 20 === \text{June 20} === june 20
     4:30 p.m. === 4:30 pm
-    seven === 7
-    ninety-nine === 99
 """
 
 # Every line: none of its members equals another.
@@ -225,7 +281,7 @@ DIFFERENT = r"""
     6+5i =/= 6-5i =/= \sqrt{61} =/= 5+6i
     5 cm =/= 5 m =/= 5 cm^2 =/= 5 minutes =/= 5 hours =/= $5 =/= 5 cents
     5 =/= 5 million =/= 5 hundred =/= 5 maybe =/= 5 squared =/= 5 or so =/= 5) =/= 5 = 6 =/=
-        2x+z=5 =/= 2+3 = 5
+        2x+z=5 =/= 2+4 = 5 =/= 2x+1=5 =/= -x=5 =/= 5\cdot3=15=5
     52_8 =/= 52_7 =/= 25_8
     28\% =/= 27\% =/= 2.8\% =/= 280
     1,2 =/= 1,2,3 =/= (1,2) =/= [1,2] =/= 1,3 =/= 1,2,\dots,3 =/= 12
@@ -247,7 +303,11 @@ DIFFERENT = r"""
     Maria =/= Marie =/= Maria and Marie
     3:4 =/= 4:3 =/= 3:4:5 =/= 7
     4:30 p.m. =/= 4:30 a.m. =/= 5:30 p.m.
-    xy = 6 =/= 6
+    2 hours =/= 2 million =/= 2 thirds =/= 2 thousandths =/= \infty =/= 2+\infty
+    11:00 =/= 3:00 =/= 0:0 =/= 3:05 =/= 3:5 =/= 0:5
+    A) B =/= A =/= B
+    2xy =/= 2 =/= 3 xy
+    1 \% 0 =/= 5 =/= 0
     12:30 =/= 1:30
 """
 
@@ -279,11 +339,62 @@ def test_nothing_equals_no_answer():
             assert not is_equivalent(blank, other) and not is_equivalent(other, blank)
 
 
-def test_undefined_equals_nothing():
-    quotients = ("1/0", "\\frac{2}{0}", "0/0", "1/(1-1)", "\\frac{1}{x-x}", "0^{-1}")
-    for undefined in (*quotients, "\\log 0"):
-        for other in ("0", "1", "\\infty", "3/0", "x"):
-            assert not is_equivalent(undefined, other) and not is_equivalent(other, undefined)
+UNDEFINED = r"""1/0 0/0 0^{-1} 0^{-\frac12} 0^{1/0} 0^i \ln0 \log0 \log_20 \log_15 \log_05 \ln(1-1)
+    \tan90^\circ \tan\frac{\pi}{2} \cot0 \cot\pi \sec90^\circ \csc\pi \csc0 \frac{1}{x-x}
+    \frac{1}{\sin\pi} \frac{1}{\sqrt2\sqrt3-\sqrt6} \frac{\sin1}{\sin1-\sin1} \frac{1}{\ln1}
+    \ln(\ln1) \frac{1}{1-\sin^21-\cos^21} \frac{1}{e^{i\pi}+1} \ln(\sqrt2\sqrt3-\sqrt6) \sqrt[0]{5}
+    (-1)! \frac{x}{x-x} (1/2)! \binom{-1}{2} \lfloor1/0\rfloor |1/0| \infty-\infty 0\cdot\infty
+    \frac{\infty}{\infty} \infty+5 1^\infty e^\infty e^{-\infty} 2^{100000}-2^{100000} e^{10^9}
+    e^{-10^9} 10^{5000}/10^{5000} (\frac10)^0 \sin(10^{30})-\sin(10^{30}) 0:0 0:5 5:0 3:0:1
+    \frac10\text{cm} 1/0\% \frac10^\circ \arctan(1/0) \arctan{i} \tanh\infty \sqrt{1/0}
+    5\cdot0^{-1}\cdot0 (0^{-1})^{-1} 1\%0 \frac{1}{1-0.\overline{9}} \sqrt2-\sqrt2+0^{-1}
+    \pi+\tan\frac{\pi}{2} \ln2+0^{-1} x+0^{-1} e^x+0^{-1} (x-x)^{-1}""".split()
+IN_WHAT = r"""%s|\boxed{%s}|x=%s|%s=5|5=%s|(%s,1)|[0,%s]|[%s,5)|(-\infty,%s]|1,%s|%s or 5
+    |\{1,2,%s\}|%s\pm1|x<%s|x>%s|3<x<%s|x<3 or x>%s|x<3 or x+%s>5|x<3 and x<%s|(1,2)\cup(%s,3)
+    |\mathbb{R}\setminus\{%s\}|\begin{pmatrix}%s\\2\end{pmatrix}
+    |\begin{pmatrix}%s&2\\3&4\end{pmatrix}|%s:4|3:%s|0\cdot(%s)|5+0\cdot(%s)|(%s)^0
+    |y=2x+1+0\cdot(%s)|y+0\cdot(%s)=2x+1|-(%s)|\sqrt{%s}|2^{%s}|\frac{1}{%s}|\frac{0}{%s}|\ln(%s)
+    |\sin(%s)|\arctan(%s)|%s\%%|%s^\circ|5 %s|A) %s|5 \approx %s|%s \approx 5"""
+REFERENCES = r"""0|1|-1|5|540|100|\frac12|\frac37|0.25|3.14|\sqrt2|3\sqrt{13}|\pi|2\pi|e|i|1+i|x
+    |x^2|2x+1|\frac{x}{2}|e^x|\sin x|(1,2)|(0,0)|(2,2)|[0,1]|(-\infty,3]|(2,\infty)|\mathbb{R}
+    |x<1 or x>3|\{1,2\}|1,2|\emptyset|\{0\}|x=5|y=2x+1|x>3|x\ne5|0=0|x=x
+    |\begin{pmatrix}1\\2\end{pmatrix}|3:4|11:00|50\%|\begin{pmatrix}1&2\\3&4\end{pmatrix}|90^\circ
+    |5\text{ cm}|B|\text{even}|True|no solution|52_8"""
+FORMS, KINDS = ([part.strip() for part in text.split("|")] for text in (IN_WHAT, REFERENCES))
+
+
+def test_nothing_undefined_equals_anything(rng):
+    """Every undefined form, bare and inside other things, against every kind of reference."""
+    assert len(UNDEFINED) >= 60 and len(KINDS) >= 40
+    for undefined in UNDEFINED:
+        for form in ("%s", rng.choice(FORMS)):
+            answer = form.replace("%s", undefined).replace("%%", "%")
+            for reference in KINDS if form == "%s" else rng.sample(KINDS, 8):
+                kept = form in ("5 \\approx %s", "A) %s")  # which state 5, and the choice A
+                if kept and is_equivalent("5", reference):
+                    continue
+                assert not is_equivalent(answer, reference), (answer, reference)
+                assert not is_equivalent(reference, answer), (answer, reference)
+            assert judge(f"\\boxed{{{answer}}}", rng.choice(KINDS[:30])).reward == 0 or kept, answer
+
+
+def test_no_answer_equals_two_references(rng):
+    """Random and mutated answers against a pool in which no two are equal; symmetric, reflexive."""
+    numbers = [f"\\frac{{{rng.randint(1, 99)}}}{{{rng.randint(2, 99)}}}" for _ in range(200)]
+    pool = []
+    for reference in KINDS[:-10] + numbers:
+        if not any(is_equivalent(reference, other) for other in pool):
+            pool.append(reference)
+    pool = pool[:200]
+    assert len(pool) >= 180
+    for _ in range(60):
+        answer = mutated(rng.choice(pool), pool, rng)
+        if rng.random() < 0.3:
+            answer = " ".join(rng.choice(FRAGMENTS) for _ in range(rng.randint(1, 8)))
+        equal = [reference for reference in pool if is_equivalent(answer, reference)]
+        assert len(equal) <= 1, (answer, equal)
+        assert all(is_equivalent(reference, answer) for reference in equal)
+        assert is_equivalent(answer, answer) or not answer.strip()
 
 
 def spellings(value: Fraction, rng: random.Random) -> list[str]:
@@ -444,12 +555,29 @@ def test_unknown_verifier():
         judge("6", "6", "lenient")
 
 
-def test_last_number_is_the_papers_rule():
+def test_last_number_is_the_papers_rule_with_its_faults():
+    for text, number in (
+            ("The answer is 3. I checked it 2 times.", "2"), ("1,234", "234"), ("3/4", "4"),
+            ("\\dfrac{1}{2}", "2"), ("\\frac{1}{2}", "\\frac{1}{2}"),
+            ("so \\frac{x}{2} it is", "\\frac{x}{2}"),
+            ("10-3", "-3"), ("5.", "5."), (".5", ".5"), ("1e5", "5"), ("50%", "50"), ("$7", "7"),
+            ("<think>8", "8"), ("\\frac{1}{2} of 6", "6"), ("7 \\frac12", "12"), ("none", None)):
+        assert last_number(text) == number
     response = "The answer is 3. I checked it 2 times."
     assert judge(response, "3").status == "correct" and judge(response, "2").status == "wrong"
     assert judge(response, "2", "last-number") == (1.0, "2", "correct")
     assert judge("<think>so \\frac{1}{2}", "0.5", "last-number").status == "correct"
     assert judge("none", "2", "last-number").status == "no_answer"
+
+
+def test_references_are_read():
+    for reference, answer in (("18", "18"), ("x = 5", "x = 5"), ("So \\boxed{18}.", "18"),
+                              ("2 + 2\n#### 4", "4"), ("The answer is: 3", "3"), ("a\nb", "a\nb")):
+        assert final_answer(reference) == answer
+    assert judge("The answer is 18.", "We have 13+5=18. So \\boxed{18} left.").reward == 1
+    kinds = {"18": "value", "x^2+1": "value", "B": "choice", "(C)": "choice", "true": "choice",
+             "Evelyn": "text", "June 20": "text", "1 + ": None, "\\frac{1}{": None, "5 = 6": None}
+    assert {answer: kind_of(answer) for answer in kinds} == kinds
 
 
 GAMES = [
@@ -499,19 +627,22 @@ def test_not_gameable(response, reference, prefix):
     assert verdict.reward == 0.0 and verdict.status in ("wrong", "no_answer", "unparsed"), verdict
 
 
+@pytest.mark.parametrize("response", [
+    "So 3 + 2 = 5", "He has 5 pens left.", "There were 3 and now there are 5.", "9 - 4 = 5\n5",
+    "So it is \\(5\\) long.", "\\[ \\begin{aligned} x &= 2 + 3 \\\\ &= 5 \\end{aligned} \\]",
+    "The cost is $3 + $2 = $5", "The answer is not 5.", "The answer is maybe 5", "Answer: 5 or so",
+    "The answer isn't 3 + 2 = 5", "The answer is not 3 + 2 = 5", "The answer is less than 5",
+    "The answer is: at least 5 hats", "The answer is that it could be 5", "Answer: between 5 and 6",
+    "The answer is either 5 or not", "The answer is: perhaps 2 + 3 = 5", "Answer: 3 + 2 = 5 or 6",
+])
+def test_no_commitment_no_reward(response):
+    verdict = judge(response, "5")
+    assert verdict.reward == 0 and verdict.status in ("no_answer", "unparsed", "wrong"), verdict
+
+
 @pytest.mark.parametrize(
     "response, reference",
     [
-        ("So 3 + 2 = 5", "5"), ("He has 5 pens left.", "5"),
-        ("There were 3 and now there are 5.", "5"), ("Calculate the rest: 8 - 3 = 5.", "5"),
-        ("She eats 4, which leaves 5 eggs.", "5"), ("9 - 4 = 5\n5", "5"),
-        ("The polar coordinates of $(0,3)$ are \\((3, \\frac{\\pi}{2})\\).", "(3, \\pi/2)"),
-        ("So it is \\(\\sqrt{45}\\) long.", "3\\sqrt5"),
-        ("Hence\n\\[ 2 \\text{ h} \\cdot 40 = 80 \\text{ miles} \\]", "80"),
-        ("\\[ \\begin{aligned} x &= 2 + 3 \\\\ &= 5 \\end{aligned} \\]", "5"),
-        ("She pays $3 for $x$ but $5 for $y$", "5"), ("so $\\frac{10}{3} \\approx 3.33$.", "3.33"),
-        ("The cost is $3 + $4 = $7", "7"), ("in total \\(\\$7\\)", "7"),
-        ("that is $7$ or $x$ of them", "7"),
         ("First \\boxed{4}. No, that is wrong: \\boxed{5}", "5"),
         ("\\boxed{5} and again \\boxed{5}", "5"), ("\\boxed{\\boxed{5}}", "5"),
         ("It is \\boxed{even}, yes, \\boxed{even}", "even"),
@@ -530,11 +661,7 @@ def test_honest_answers_are_paid(response, reference):
         ("The answer is (B).", "B"), ("B", "B"), ("B.", "B"), ("(B)", "B"), ("\\boxed{B}", "B"),
         ("\\boxed{\\text{B}}", "B"), ("The correct answer is B) False", "B"),
         ("Answer: B. False", "B"), ("A is wrong for 2 reasons, so the answer is option B.", "B"),
-        ("Option A fails. Therefore option B", "B"), ("I choose **B**.", "B"),
-        ("It follows that the statement is False.", "False"),
-        ("Max is not sour. So the statement is false.", "False"),
-        ("Therefore, it is **True**.", "True"), ("The answer is true.", "True"), ("true", "True"),
-        ("Is it true? All cats are animals, so the statement is true.", "True"),
+        ("The answer is true.", "True"), ("true", "True"),
         ("Answer: No", "No"),
     ],
 )
@@ -742,6 +869,35 @@ def test_gold_solutions_verify(problems):
             missed.append((extracted, answer))
     print(f"{len(problems) - len(missed)} of {len(problems)} verify; not: {missed}")
     assert len(missed) <= 0.005 * len(problems), missed
+
+
+@needs_shared
+def test_a_last_line_behind_a_marker_is_read(rng):
+    """GSM8K's test solutions: "The answer is: " and the last line; then with a changed number."""
+    missed, problems = [], gsm8k_problems()[-1319:]
+    for _, solution, answer in problems:
+        line = solution.split("\n####")[0].split("\n")[-1]
+        if judge(f"The answer is: {line}", answer).reward == 0:
+            missed.append((line, answer))
+        other = str(int(answer.replace(",", "")) + rng.randint(1, 99))
+        number = f"{int(answer.replace(',', '')):,}".replace(",", ",?")  # 1,234 or 1234
+        changed = re.sub(rf"(?<![\d.,]){number}(?!,?\d)", other, re.sub("<<.*?>>", "", line))
+        if other in changed:
+            assert judge(f"The answer is: {changed}", answer).reward == 0, changed
+        assert judge(solution.replace(f"#### {answer}", f"#### {other}"), answer).reward == 0
+    print(f"{len(problems) - len(missed)} of {len(problems)} read; not: {missed}")
+    assert len(missed) <= 0.01 * len(problems), missed
+
+
+@needs_shared
+def test_changed_boxes_earn_nothing(rng):
+    """MATH-500's solutions with another problem's answer in the box."""
+    problems = math500_problems()
+    for _, solution, answer in problems:
+        other = rng.choice(problems)[2]
+        before, box, after = solution.rpartition(f"\\boxed{{{answer}}}")
+        if box and not is_equivalent(other, answer):
+            assert judge(f"{before}\\boxed{{{other}}}{after}", answer).reward == 0, (answer, other)
 
 
 @needs_shared
