@@ -71,7 +71,7 @@ def shortest_advantages(rewards: Tensor, lengths: Tensor, keep: int | None) -> T
 
     rewards, lengths (P, n) -> (P, n): group_advantages among these, else zero. keep None: of all.
     """
-    kept = lengths.argsort(1, stable=True)[:, :keep].sort(1).values  # (P, keep)
+    kept = lengths.argsort(dim=1, stable=True)[:, :keep].sort(1).values  # (P, keep)
     return torch.zeros_like(rewards).scatter(1, kept, group_advantages(rewards.gather(1, kept)))
 
 
