@@ -298,7 +298,7 @@ def self_aligned_reward(with_question: list[Tensor], without_question: list[Tens
 
 # ---- the rewards it is compared with ----
 
-REWARDS = {  # by name: the default --alpha, its source's (of cde, alp and truncation ours)
+REWARDS = {  # by name: the default --alpha, of its source (docs/usage.md says which are ours)
     "sar": 0.2, "sar-times": 0.2, "vr": 0.0, "sar-only": 0.0, "em": 0.0, "vr+em": 0.2, "cde": 0.2,
     "o1": 0.05, "er": 0.05, "kimi": 0.4, "alp": 0.2, "gr3": 0.33, "truncation": 0.25, "mo": 0.0}
 GROUP_REWARDS = ("o1", "er", "kimi", "alp", "gr3", "mo")  # they compare answers to one question
