@@ -227,7 +227,7 @@ def test_a_run_that_would_have_diverged_goes_on(runs):
 
 
 def test_the_frozen_start_may_score(runs, model):
-    """R_SA is the start's in every step, without a KL too; the perplexities logged are the policy's."""
+    """R_SA is the start's in every step, without a KL too; what is logged is the policy's."""
     train("--name", "f", "--steps", 2, "--score-with", "frozen", "--lr", 0.01, "--kl-coef", 0)
     tokenizer = Tokenizer.from_pretrained(ROOT / "data/tiny")
     no_question = encode_prompt(tokenizer, "")
