@@ -5,9 +5,11 @@
     python evaluate.py --model tiny --samples 8 --temperature 1           # mean@8, pass@2, 4 and 8
 
 AES, the accuracy-efficiency score, compares a model with another one (--against). It rewards
-shorter answers and, five times as strongly, more accurate ones (arXiv 2509.05489):
+shorter answers and, W times as strongly, more accurate ones:
 
-    AES = (len_ref - len) / len_ref + 5 * (acc - acc_ref) / acc_ref
+    AES = (len_ref - len) / len_ref + W * (acc - acc_ref) / acc_ref
+
+AES 5/5 has W = 5 (arXiv 2509.05489), AES 3/5 has 3 for a gain and 5 for a loss (2501.12570).
 
 In runs/NAME: evaluation.json (settings), BENCHMARK.jsonl (a line an answer; of the other model
 against-BENCHMARK.jsonl), results.json and table.md. A benchmark's answers are written when all are
@@ -40,7 +42,8 @@ COLUMNS = {  # of a table: the head, and how a cell is written
     "by last number": "{last_number:.1%} [{last_number_low:.1%}, {last_number_high:.1%}]",
     "tokens: mean / median / p95": "{length:.1f} / {length_median:.0f} / {length_p95:.0f}",
     "if right / wrong": "{length_correct!s:.6} / {length_wrong!s:.6}",  # may be NaN, in a log None
-    "unfinished": "{unfinished:.1%}", "unparsed": "{unparsed:.1%}", "AES": "{score}"}
+    "unfinished": "{unfinished:.1%}", "unparsed": "{unparsed:.1%}",
+    "AES 5/5": "{scores[0]}", "AES 3/5": "{scores[1]}"}
 
 
 def answer(model, tokenizer, problems: list, args) -> list[dict]:
@@ -109,12 +112,16 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def aes(result: dict, reference: dict) -> float:
-    """The accuracy-efficiency score of an evaluation; NaN if the reference solves nothing."""
+def aes(result: dict, reference: dict, gain: int = 5) -> float:
+    """The accuracy-efficiency score of an evaluation; NaN if the reference solves nothing.
+
+    gain: how much a gain in accuracy weighs, 5 (AES 5/5) or 3 (AES 3/5). A loss weighs 5.
+    """
     if not reference["accuracy"] or not reference["length"]:
         return math.nan
     shorter = (reference["length"] - result["length"]) / reference["length"]
-    return shorter + 5 * (result["accuracy"] - reference["accuracy"]) / reference["accuracy"]
+    better = (result["accuracy"] - reference["accuracy"]) / reference["accuracy"]
+    return shorter + (gain if better > 0 else 5) * better
 
 
 def comparison_table(*groups: dict[str, dict]) -> str:
@@ -125,8 +132,10 @@ def comparison_table(*groups: dict[str, dict]) -> str:
     for group in groups:
         reference = next(iter(group.values()))
         for name, result in group.items():
-            score = "" if result is reference else f"{aes(result, reference):+.2f}"
-            cells = [form.format(**result, name=name, score=score) for form in columns.values()]
+            scores = "", ""
+            if result is not reference:
+                scores = [f"{aes(result, reference, gain):+.2f}" for gain in (5, 3)]
+            cells = [form.format(**result, name=name, scores=scores) for form in columns.values()]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n\n[95 % Wilson intervals]"
 
@@ -178,7 +187,7 @@ def main(argv: list[str] | None = None):
             if result["errors"]:
                 runs.say(f"verify.py failed on {result['errors']} answers to {benchmark}")
             for other in tables[benchmark].values():
-                result["aes"] = aes(result, other)
+                result |= {"aes": aes(result, other), "aes_3": aes(result, other, gain=3)}
             short = "/".join(Path(names[prefix]).parts[-2:])
             tables[benchmark][f"{benchmark}: {prefix}{short}"] = result
             results.setdefault(benchmark, []).append(runs.plain(result))

@@ -38,7 +38,7 @@ class Rollout:
     """One answer. `finished`: it ends with a stop token, which is in `tokens`."""
     prompt: int  # index into generate's prompts
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # of the model: temperature 1, no filter
+    logprobs: list[float] = field(default_factory=list)  # at the temperature, without a filter
     finished: bool = False
 
 
@@ -48,9 +48,9 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
              slots: int | None = None) -> list[Rollout]:
     """Sample n answers to every prompt; those of prompt i are at i * n ... i * n + n - 1.
 
-    temperature 0 is greedy decoding. top_p and top_k (0: off) restrict what is drawn, never the
-    log-probs that are returned. slots: how many answers decode at once; by default as many as a
-    part of the free memory holds, at most MAX_SLOTS.
+    temperature 0 is greedy decoding, with log-probs at temperature 1. top_p and top_k (0: off)
+    restrict what is drawn, never the log-probs that are returned. slots: how many answers decode
+    at once; by default as many as a part of the free memory holds, at most MAX_SLOTS.
     Raises ValueError for an empty prompt, for one that leaves no room for max_new_tokens within the
     model's positions, for slots that do not fit into memory, and for logits that are not finite.
     """
@@ -308,19 +308,20 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_
     """The token at which `uniform` falls in each row's cumulative distribution, and its log-prob.
 
     logits (rows, V) float32, uniform (rows,) float64 -> (rows, 2) float32: token (exact: V is below
-    2^24) and its log-prob under the plain softmax.
+    2^24) and its log-prob under the softmax of logits / temperature, for temperature 0 of logits.
     The cumulative sum has two levels, blocks of BLOCK tokens, then tokens, both float64. A single
     one would in float32 lose tokens of probability 1e-6, and in float64 cost as much as a forward.
     """
+    if temperature not in (0, 1):
+        logits = logits / temperature
     peak = logits.amax(-1, True)  # (rows, 1)
     weights, sums = exp_in_blocks(logits, peak)
     logsumexp = peak + sums.sum(-1, True).log().float()  # (rows, 1)
     if temperature == 0:
         token = logits.argmax(-1, True)
     else:
-        if temperature != 1 or top_p < 1 or top_k:
-            scaled = filter_logits(logits / temperature, top_p, top_k)
-            weights, sums = exp_in_blocks(scaled, scaled.amax(-1, True))
+        if top_p < 1 or top_k:
+            weights, sums = exp_in_blocks(filter_logits(logits, top_p, top_k), peak)
         cumulative = sums.cumsum(-1)  # (rows, blocks)
         target = uniform[:, None] * cumulative[:, -1:]  # (rows, 1)
         block = first_above(cumulative, target)  # (rows, 1)

@@ -252,14 +252,15 @@ def score_answers(model, contexts: list[list[int]], answers: list[list[int]], he
     return scores
 
 
-def logprob_head(model):
-    """The head for `score_answers` that returns log P(a_j | context, a_<j) at temperature 1."""
-    return lambda hidden, targets: fused_logprob(hidden, model.unembedding, targets)[0]
+def logprob_head(model, temperature: float = 1.0):
+    """The head for `score_answers` that returns log P(a_j | context, a_<j) at a temperature."""
+    return lambda hidden, targets: fused_logprob(hidden, model.unembedding, targets,
+                                                 temperature=temperature)[0]
 
 
-def answer_logprobs(model, contexts, answers, **options) -> list[Tensor]:
+def answer_logprobs(model, contexts, answers, temperature=1.0, **options) -> list[Tensor]:
     """log P(a_j | context, a_<j) of every answer token; options as in `score_answers`."""
-    return score_answers(model, contexts, answers, logprob_head(model), **options)
+    return score_answers(model, contexts, answers, logprob_head(model, temperature), **options)
 
 
 # ---- the reward ----
@@ -297,38 +298,56 @@ def self_aligned_reward(with_question: list[Tensor], without_question: list[Tens
 
 # ---- the rewards it is compared with ----
 
-REWARDS = ("sar", "vr", "sar-only", "em", "vr+em", "o1", "er")
-GROUP_REWARDS = ("o1", "er")  # they compare the answers to one question
+REWARDS = {  # by name: the default --alpha, of its source (docs/usage.md says which are ours)
+    "sar": 0.2, "sar-times": 0.2, "vr": 0.0, "sar-only": 0.0, "em": 0.0, "vr+em": 0.2, "cde": 0.2,
+    "o1": 0.05, "er": 0.05, "kimi": 0.4, "alp": 0.2, "gr3": 0.33, "truncation": 0.25, "mo": 0.0}
+GROUP_REWARDS = ("o1", "er", "kimi", "alp", "gr3", "mo")  # they compare answers to one question
 
 
 def total_reward(name: str, r_vr: Tensor, r_sa: Tensor, with_question: list[Tensor],
-                 lengths: Tensor, *, alpha: float, samples: int) -> Tensor:
+                 lengths: Tensor, *, alpha: float, samples: int, longest: int) -> Tensor:
     """The reward R (N,) by its name for --reward. N = P * samples, a question's answers adjacent.
 
     r_vr (N,), 0 or 1, and r_sa (N,) are float64; with_question: each answer's log-probs (len(a),),
-    at least one; lengths (N,) in tokens. Beside R_VR a part has the weight alpha, alone 1 (as in
-    the code of arXiv 2509.05489). Raises ValueError for an unknown name.
+    at least one; lengths (N,) in tokens, at most `longest`. Beside R_VR a part has the weight
+    alpha, alone 1 (as in the code of arXiv 2509.05489). Raises ValueError for an unknown name.
+    Secondary sources: truncation, cde (in the paper also clipped), kimi, alp, gr3, mo.
     """
     if name == "vr":
         return r_vr
     if name == "sar":
         return r_vr + alpha * r_sa
+    if name == "sar-times":  # the multiplicative form: no R_SA for a wrong answer
+        return r_vr * (1 + alpha * r_sa)
     if name == "sar-only":
         return r_sa
-    if name in ("em", "vr+em"):  # entropy minimisation: -log ppl(a|q) (arXiv 2505.15134)
+    if name == "truncation":  # within L_T = alpha longest (DLER, arXiv 2510.15110; 2504.01296)
+        return r_vr * (lengths <= alpha * longest)
+    if name in ("em", "vr+em", "cde"):  # -log ppl(a|q) (2505.15134); cde: its opposite (2509.09675)
         r_em = -torch.stack([perplexity(logprobs) for logprobs in with_question]).log()
-        return r_em if name == "em" else r_vr + alpha * r_em
+        return {"em": r_em, "vr+em": r_vr + alpha * r_em, "cde": r_vr - alpha * r_em}[name]
     length, correct = lengths.double().view(-1, samples), r_vr.view(-1, samples)  # (P, samples)
     if name == "o1":  # O1-Pruner (arXiv 2501.12570), with the group's mean length for the start's
         return r_vr + alpha * (length.mean(1, keepdim=True) / length - 1).clamp(-1, 1).flatten()
-    if name == "er":
-        # The sigmoid s of the length, standardised among the correct answers (arXiv 2502.04463).
+    if name == "er":  # the sigmoid s of length, standardised among right answers (arXiv 2502.04463)
         # By 2 s - 1 (2509.05489's code) the mean length costs nothing. Wrong answers earn 0.
         count = correct.sum(1, keepdim=True).clamp_min(1)  # (P, 1)
         mean = (correct * length).sum(1, keepdim=True) / count
         deviation = (correct * (length - mean) ** 2).sum(1, keepdim=True).div(count).sqrt()
         z = (length - mean) / deviation.clamp_min(1e-5)  # equal lengths, one correct answer: 0
         return r_vr * (1 - alpha * (2 * z.sigmoid() - 1).flatten())
+    if name == "kimi":  # k1.5 (arXiv 2501.12599): from 1/2 for the shortest to -1/2 for the longest
+        low, high = length.aminmax(dim=1, keepdim=True)  # (P, 1); equal lengths earn nothing
+        place = (high > low) * (0.5 - (length - low) / (high - low).clamp_min(1))
+        return r_vr + alpha * torch.where(correct > 0, place, place.clamp_max(0)).flatten()
+    if name == "alp":  # arXiv 2506.05256: the easier the question, the dearer a token
+        solved = correct.mean(1, keepdim=True).clamp_min(1 / samples)  # (P, 1)
+        return r_vr - (alpha * length / longest * solved).flatten()
+    if name == "gr3":  # arXiv 2603.10535
+        return r_vr / (1 + alpha * length / length.mean(1, keepdim=True)).flatten()
+    if name == "mo":  # MO-GRPO (arXiv 2509.22047): this is the advantage, its group mean being 0
+        parts = torch.stack([r_vr, r_sa]).view(2, -1, samples)  # (2, P, samples)
+        return torch.layer_norm(parts, [samples], eps=1e-10).sum(0).flatten()  # standardised
     raise ValueError(f"there is no reward {name!r}: choose one of {', '.join(REWARDS)}")
 
 

@@ -35,8 +35,8 @@ PAPER = dict(  # the paper and its public code
     data="gsm8k,math,numina",
     max_prompt_tokens=1024,
     max_new_tokens=4096,  # also the constant that the loss is divided by
-    reward="sar",
-    alpha=0.2,
+    reward="sar",  # with its alpha of 0.2 (sar.REWARDS)
+    score_with="policy",
     verifier="strict",
     steps=500,
     prompts_per_step=128,  # in two minibatches of 64
@@ -66,14 +66,23 @@ def group_advantages(rewards: Tensor) -> Tensor:
     return torch.where(equal, torch.zeros_like(centred), centred)
 
 
+def shortest_advantages(rewards: Tensor, lengths: Tensor, keep: int | None) -> Tensor:
+    """GFPO (arXiv 2508.09726, a secondary source): only the `keep` shortest of a group teach.
+
+    rewards, lengths (P, n) -> (P, n): group_advantages among these, else zero. keep None: of all.
+    """
+    kept = lengths.argsort(dim=1, stable=True)[:, :keep].sort(1).values  # (P, keep)
+    return torch.zeros_like(rewards).scatter(1, kept, group_advantages(rewards.gather(1, kept)))
+
+
 def policy_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
     """PPO's clipped loss (arXiv 1707.06347, eq. 7) with the dual clip of arXiv 1912.09729, eq. 5.
 
     logprob, old_logprob, advantage (L,) -> loss (L,), and clipped (L,): the clip took the gradient
     away. A negative advantage costs at most DUAL_CLIP times its size, however much likelier its
-    token has become.
+    token has become. The log-ratio is held within +-20, as by the authors: exp must not overflow.
     """
-    ratio = (logprob - old_logprob).exp()
+    ratio = (logprob - old_logprob).clamp(-20, 20).exp()
     plain = -advantage * ratio
     bounded = -advantage * ratio.clamp(1 - CLIP, 1 + CLIP)
     loss = torch.maximum(plain, bounded)
@@ -87,17 +96,18 @@ def kl_k3(logprob: Tensor, frozen_logprob: Tensor) -> Tensor:
 
     d = log frozen - log policy (k3 of J. Schulman, "Approximating KL divergence", 2020).
     """
-    d = frozen_logprob - logprob
-    return d.exp() - d - 1
+    d = (frozen_logprob - logprob).clamp(-20, 20)  # like the authors; beyond, no gradient
+    return (d.exp() - d - 1).clamp_max(10)
 
 
 def main(argv: list[str] | None = None):
     # ---- settings ----
     parser = settings.training_parser("Train with SA-GRPO (arXiv 2509.05489).", PAPER, TINY)
+    parser.add_argument("--keep", type=settings.positive_int, help="GFPO: so many shortest teach")
     args = settings.parse(parser, "grpo", argv)
-    if args.samples < 2:
-        raise ValueError(f"--samples {args.samples}: a group needs at least 2 answers, their mean "
-                         "is the baseline")
+    if not 2 <= (args.keep or args.samples) <= args.samples:
+        raise ValueError(f"--samples {args.samples}, --keep {args.keep}: a group needs at least 2 "
+                         "answers, their mean is the baseline, and keeps no more than it has")
     keep_freed_memory()
 
     # ---- data and models ----
@@ -110,7 +120,7 @@ def main(argv: list[str] | None = None):
                  length=args.max_prompt_tokens + args.max_new_tokens)
     policy = GPT.from_pretrained(run.checkpoint or folder, **place)  # float32 weights, always
     frozen = None
-    if args.kl_coef:
+    if args.kl_coef or args.score_with == "frozen":
         frozen = GPT.from_pretrained(folder, dtype=getattr(torch, args.dtype), **place)
         frozen.requires_grad_(False)
     sampler = parallel.sampler_for(policy, args)
@@ -137,16 +147,20 @@ def main(argv: list[str] | None = None):
         both = parallel.score(policy, prompts + [no_question] * len(answers), tokens * 2, args)
         with_question, without_question = both[:len(answers)], both[len(answers):]  # (len(a),) each
         start = parallel.score(frozen, prompts, tokens, args) if frozen else with_question
+        given, alone = with_question, without_question  # what R_SA compares
+        if args.score_with == "frozen":
+            given, alone = start, parallel.score(frozen, [no_question] * len(answers), tokens, args)
 
         # 3. reward, and its advantage within the group
         verdicts = [judge(a.text, a.problem.answer, args.verifier) for a in answers]
         r_vr = torch.tensor([v.reward for v in verdicts]).double()  # (N,)
-        r_sa = self_aligned_reward(with_question, without_question)  # (N,)
+        r_sa = self_aligned_reward(given, alone)  # (N,)
         alpha = alpha_at(step, args.steps, args.alpha, args.alpha_end)
         lengths = torch.tensor([len(t) for t in tokens])  # (N,)
-        rewards = total_reward(args.reward, r_vr, r_sa, with_question, lengths, alpha=alpha,
-                               samples=args.samples)  # (N,)
-        advantages = group_advantages(rewards.view(-1, args.samples))  # (P, n)
+        rewards = total_reward(args.reward, r_vr, r_sa, given, lengths, alpha=alpha,
+                               samples=args.samples, longest=args.max_new_tokens)  # (N,)
+        groups = -1, args.samples  # (P, n)
+        advantages = shortest_advantages(rewards.view(groups), lengths.view(groups), args.keep)
         parallel.note(answers, verdict=verdicts, with_question=with_question,
                       without_question=without_question, frozen=start, r_sa=r_sa,
                       reward=rewards, advantage=advantages.flatten())

@@ -29,19 +29,20 @@ from model import GPT
 from runtime import parallel, runs, settings
 from runtime.errors import user_errors
 from runtime.parallel import concat
-from sar import alpha_at, self_aligned_reward, total_reward
+from sar import alpha_at, self_aligned_reward, token_values, total_reward
 from verify import judge
 
 PAPER = dict(  # the paper and its public code
     data="gsm8k,math,numina",
     max_prompt_tokens=1024,
     max_new_tokens=4096,
-    reward="sar",
-    alpha=0.2,
+    reward="sar",  # with its alpha of 0.2 (sar.REWARDS)
+    score_with="policy",
     verifier="strict",
     steps=500,
     prompts_per_step=128,  # in two minibatches of 64
     samples=1,
+    credit="answer",
     epochs=1,
     lr=1e-6,
     critic_lr=2e-6,
@@ -118,9 +119,9 @@ def policy_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor) -> tupl
 
     logprob, old_logprob, advantage (L,) -> loss (L,), and clipped (L,): the clip took the gradient
     away. A negative advantage costs at most DUAL_CLIP times its size, however much likelier its
-    token has become.
+    token has become. The log-ratio is held within +-20, as by the authors: exp must not overflow.
     """
-    ratio = (logprob - old_logprob).exp()
+    ratio = (logprob - old_logprob).clamp(-20, 20).exp()
     plain = -advantage * ratio
     bounded = -advantage * ratio.clamp(1 - CLIP, 1 + CLIP)
     loss = torch.maximum(plain, bounded)
@@ -140,8 +141,8 @@ def kl_k3(logprob: Tensor, frozen_logprob: Tensor) -> Tensor:
 
     d = log frozen - log policy (k3 of J. Schulman, "Approximating KL divergence", 2020).
     """
-    d = frozen_logprob - logprob
-    return d.exp() - d - 1
+    d = (frozen_logprob - logprob).clamp(-20, 20)  # like the authors; beyond, no gradient
+    return (d.exp() - d - 1).clamp_max(10)
 
 
 def main(argv: list[str] | None = None):
@@ -149,6 +150,8 @@ def main(argv: list[str] | None = None):
     parser = settings.training_parser("Train with SA-PPO (arXiv 2509.05489).", PAPER, TINY)
     parser.flag("--critic-lr", settings.positive_float, "the critic's AdamW learning rate")
     parser.flag("--critic-warmup", settings.natural, "steps in which only the critic learns")
+    parser.flag("--credit", str, "answer: alpha R_SA is paid at the last token; token: each token "
+                "gets alpha v_j / L, R_SA to first order, unclipped", choices=("answer", "token"))
     parser.flag("--gamma", settings.share, "discount per token")
     parser.flag("--lam", settings.share, "GAE's lambda")
     parser.add_argument("--kl-in-reward", action="store_true", default=None, help="take --kl-coef "
@@ -158,6 +161,8 @@ def main(argv: list[str] | None = None):
     if args.kl_in_reward and not args.kl_coef:
         raise ValueError("--kl-in-reward needs a --kl-coef above 0: how much of the KL is taken "
                          "off the reward")
+    if args.credit == "token" and args.reward != "sar":
+        raise ValueError(f"--credit token is for --reward sar, not {args.reward}")
     keep_freed_memory()
 
     # ---- data and models ----
@@ -173,7 +178,7 @@ def main(argv: list[str] | None = None):
     if place["shard"]:
         place["shard"](critic)
     frozen = None
-    if args.kl_coef:
+    if args.kl_coef or args.score_with == "frozen":
         frozen = GPT.from_pretrained(folder, dtype=getattr(torch, args.dtype), **place)
         frozen.requires_grad_(False)
     sampler = parallel.sampler_for(policy, args)
@@ -205,21 +210,28 @@ def main(argv: list[str] | None = None):
         both = parallel.score(policy, prompts + [no_question] * len(answers), tokens * 2, args)
         with_question, without_question = both[:len(answers)], both[len(answers):]  # (len(a),) each
         start = parallel.score(frozen, prompts, tokens, args) if frozen else with_question
+        given, alone = with_question, without_question  # what R_SA compares
+        if args.score_with == "frozen":
+            given, alone = start, parallel.score(frozen, [no_question] * len(answers), tokens, args)
         values = parallel.score(critic, prompts, tokens, args, critic.value)  # (len(a),) each
 
         # 3. reward at the last token; advantages by GAE, whitened over the batch
         verdicts = [judge(a.text, a.problem.answer, args.verifier) for a in answers]
         r_vr = torch.tensor([v.reward for v in verdicts]).double()  # (N,)
-        r_sa = self_aligned_reward(with_question, without_question)  # (N,)
+        r_sa = self_aligned_reward(given, alone)  # (N,)
         alpha = alpha_at(step, args.steps, args.alpha, args.alpha_end)
         lengths = torch.tensor([len(t) for t in tokens])  # (N,)
-        rewards = total_reward(args.reward, r_vr, r_sa, with_question, lengths, alpha=alpha,
-                               samples=args.samples)  # (N,)
-        token_rewards = torch.zeros(len(answers), max(lengths), dtype=torch.float64)  # (N, T)
+        rewards = total_reward(args.reward, r_vr, r_sa, given, lengths, alpha=alpha,
+                               samples=args.samples, longest=args.max_new_tokens)  # (N,)
+        final, token_rewards = rewards, torch.zeros(len(answers), max(lengths)).double()  # (N, T)
+        if args.credit == "token":  # mean v is R_SA to first order; the clip is not applied
+            shares = [alpha * token_values(g, w) / len(g) for g, w in zip(given, alone)]
+            token_rewards += pad_sequence(shares, True)
+            final, rewards = r_vr, r_vr + token_rewards.sum(1)
         if args.kl_in_reward:
             log_ratio = pad_sequence(with_question, True) - pad_sequence(start, True)
             token_rewards -= args.kl_coef * log_ratio
-        token_rewards[torch.arange(len(answers)), lengths - 1] += rewards
+        token_rewards[torch.arange(len(answers)), lengths - 1] += final
         padded_values = pad_sequence(values, True).double()  # (N, T)
         advantages, returns = gae(token_rewards, padded_values, args.gamma, args.lam, lengths)
         inside = torch.arange(max(lengths)) < lengths[:, None]  # (N, T)

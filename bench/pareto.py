@@ -1,6 +1,6 @@
 """Accuracy against length: SA-GRPO at several alpha and the rewards it is compared with, one base.
 
-    python -m bench.pareto                # three seeds of eleven rewards: 1 h 50 min on two cores
+    python -m bench.pareto                # three seeds of nineteen rewards: over 3 h on two cores
     python -m bench.pareto --draw         # table and figures of what is there; trains nothing
     python -m bench.pareto --quick        # one seed, a few small steps: shows that everything runs
 
@@ -30,8 +30,16 @@ STUDY = {  # name: flags of train_sa_grpo.py
     "SAR alone": ["--reward", "sar-only"],
     "EM": ["--reward", "em"],
     "GRPO + EM": ["--reward", "vr+em"],
-    "O1": ["--reward", "o1"],
+    "O1": ["--reward", "o1"],  # from here on with each reward's own weight, sar.REWARDS
     "ER": ["--reward", "er"],
+    "SAR times": ["--reward", "sar-times"],
+    "MO-GRPO": ["--reward", "mo"],
+    "CDE": ["--reward", "cde"],
+    "Kimi": ["--reward", "kimi"],
+    "ALP": ["--reward", "alp"],
+    "GR3": ["--reward", "gr3"],
+    "Truncation": ["--reward", "truncation"],
+    "GFPO": ["--reward", "vr", "--samples", "16", "--keep", "8"],
 }
 SIZE = "--steps 100 --eval-every 100".split()
 QUICK = "--steps 3 --eval-every 3 --prompts-per-step 4 --samples 4 --max-new-tokens 40".split()
@@ -46,6 +54,14 @@ LOOK = {
     "GRPO + EM": ("#E69F00", "P", "-."),
     "O1": ("#009E73", "X", "--"),
     "ER": ("#D55E00", "d", "-."),
+    "SAR times": ("#56B4E9", "p", "-"),
+    "MO-GRPO": ("#CC79A7", "h", "-"),
+    "CDE": ("#E69F00", "8", "-"),
+    "Kimi": ("#009E73", "<", "-"),
+    "ALP": ("#009E73", ">", ":"),
+    "GR3": ("#D55E00", "D", "-"),
+    "Truncation": ("0.5", "X", ":"),
+    "GFPO": ("0.5", "s", "--"),
 }
 
 

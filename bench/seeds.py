@@ -106,15 +106,15 @@ def spread(values: list[float], form: str) -> str:
 
 def table(base: dict, ends: dict[str, list[dict]]) -> str:
     rows = [
-        "| | accuracy (%) | mean tokens | AES | seeds |",
-        "|---|---|---|---|---|",
-        f"| base | {100 * base['accuracy']:.1f} | {base['length']:.1f} | | |",
+        "| | accuracy (%) | mean tokens | AES 5/5 | AES 3/5 | seeds |",
+        "|---|---|---|---|---|---|",
+        f"| base | {100 * base['accuracy']:.1f} | {base['length']:.1f} | | | |",
     ]
     for name, last in ends.items():
         accuracy = spread([100 * end["accuracy"] for end in last], ".1f")
         length = spread([end["length"] for end in last], ".1f")
-        efficiency = spread([aes(end, base) for end in last], ".2f")
-        rows.append(f"| {name} | {accuracy} | {length} | {efficiency} | {len(last)} |")
+        scores = [spread([aes(end, base, gain) for end in last], ".2f") for gain in (5, 3)]
+        rows.append(f"| {name} | {accuracy} | {length} | {' | '.join(scores)} | {len(last)} |")
     step = next(iter(ends.values()))[0]["step"]
     what = f"{base['problems']} held-out problems, greedy; mean ± standard error."
     return "\n".join([*rows, f"\nAfter {step} steps; {what}"])

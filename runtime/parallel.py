@@ -189,7 +189,7 @@ class Answer:
     prompt: list[int]
     tokens: list[int]  # the stop token included
     finished: bool  # ended by a stop token, not by the limit
-    logprobs: Tensor  # (len,) as the sampler computed them
+    logprobs: Tensor  # (len,) as the sampler computed them; all log-probs are at --temperature
     text: str  # without the stop token
     with_question: Tensor = None  # (len,) log P(a_j | q, a_<j) of the policy
     without_question: Tensor = None  # (len,) log P(a_j | a_<j) of the policy
@@ -246,10 +246,11 @@ def score(model, contexts: list[list[int]], tokens: list[list[int]], args, head=
           ) -> list[Tensor]:
     """The log-probs (len(t),) of each list of tokens after its context, by all processes together.
 
-    With a `head`: what it makes of the hidden states (sar.score_answers). No gradient.
+    They are at --temperature, as the sampler's. With a `head`: what it makes of the hidden states
+    (sar.score_answers). No gradient.
     """
     rank, world = processes()
-    head = head or sar.logprob_head(model)
+    head = head or sar.logprob_head(model, args.temperature)
     with autocast(args):
         pieces = sar.score_answers(model, contexts, tokens, head, micro_tokens=args.micro_tokens,
                                    rank=rank, world=world)
@@ -269,7 +270,7 @@ def score_with_gradient(model, micro: list[Answer], args, head=None):
                                             [a.tokens for a in micro])
         if head:
             return head(hidden, targets)
-        return sar.fused_logprob(hidden, model.unembedding, targets)
+        return sar.fused_logprob(hidden, model.unembedding, targets, temperature=args.temperature)
 
 
 # ---- an update ----

@@ -104,12 +104,14 @@ def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
          "separated by commas")
     flag("--max-prompt-tokens", positive_int, "longer prompts are skipped and counted; tokens")
     flag("--max-new-tokens", positive_int, "longest answer, stop token included; tokens")
-    flag("--reward", str, "sar: R_VR + alpha R_SA; vr: R_VR alone, the plain algorithm; sar-only: "
-         "R_SA alone; em, vr+em: -log ppl(a|q) alone, with R_VR; o1, er: R_VR with a length reward "
-         "within the group (sar.total_reward)", choices=REWARDS)
-    flag("--alpha", finite, "weight of what is added to R_VR (the paper sweeps 0.1 to 0.3)")
+    flag("--reward", str, "sar: R_VR + alpha R_SA; vr: R_VR alone, the plain algorithm; the others "
+         "are formulas of sar.total_reward (docs/usage.md)", choices=REWARDS)
+    add("--alpha", type=finite, help="weight of what is added to R_VR (default: the reward's own, "
+        "sar.REWARDS; for sar 0.2, which the paper sweeps from 0.1 to 0.3)")
     add("--alpha-end", type=finite, help="weight at the last step, reached from --alpha in a "
-        "straight line (default: --alpha throughout; the paper's public code has such a schedule)")
+        "straight line (default: --alpha throughout, cde: 0)")
+    flag("--score-with", str, "whose perplexities are rewarded: the policy's, or those of the "
+         "frozen start, which stands still", choices=("policy", "frozen"))
     flag("--verifier", str, "what counts as the answer: the rules of verify.py, or the last number "
          "in the text (the paper's rule)", choices=VERIFIERS)
     flag("--steps", positive_int, "batches of sampled answers to train on")
@@ -120,7 +122,7 @@ def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
     flag("--epochs", positive_int, "passes over a batch")
     flag("--lr", positive_float, "AdamW's learning rate, constant")
     flag("--kl-coef", not_negative, "weight of the KL to the frozen start")
-    flag("--temperature", positive_float, "of sampling; log-probs are those at temperature 1")
+    flag("--temperature", positive_float, "of sampling and of every log-prob")
     flag("--seed", int, "of the order of questions and of every sample")
     add("--name", help="the run's folder is runs/NAME (default: made of model, reward and time)")
     add("--resume", action="store_true", help="go on from the newest checkpoint of --name")
@@ -149,6 +151,10 @@ def parse(parser: Parser, algorithm: str, argv: list[str] | None = None) -> argp
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.alpha is None:
+        args.alpha = REWARDS[args.reward]
+    if args.reward == "cde" and args.alpha_end is None:
+        args.alpha_end = 0.0  # curiosity decays
     args.device = choose_device(args.device)
     on_gpu = args.device.startswith("cuda")
     args.micro_tokens = args.micro_tokens or (8192 if args.model == "tiny" or on_gpu else 512)

@@ -106,10 +106,10 @@ def test_the_study_counts_finished_runs_only(runs):
     base, ends = seeds.collect(names)
     assert {name: len(last) for name, last in ends.items()} == {"GRPO": 2, "SAR 0.2": 2}
     rows = seeds.table(base, ends).splitlines()
-    assert rows[2] == "| base | 50.0 | 100.0 | | |"
-    # AES of the two seeds of GRPO: 5 * 0.3 / 0.5 + 0.1 and 5 * 0.4 / 0.5 - 0.1
-    assert rows[3] == "| GRPO | 85.0 ± 5.0 | 100.0 ± 10.0 | 3.50 ± 0.40 | 2 |"
-    assert rows[4] == "| SAR 0.2 | 85.0 ± 5.0 | 20.0 ± 2.0 | 4.30 ± 0.48 | 2 |"
+    assert rows[2] == "| base | 50.0 | 100.0 | | | |"
+    # AES 5/5 of the two seeds of GRPO: 5 * 0.3 / 0.5 + 0.1 and 5 * 0.4 / 0.5 - 0.1; 3/5 with 3
+    assert rows[3] == "| GRPO | 85.0 ± 5.0 | 100.0 ± 10.0 | 3.50 ± 0.40 | 2.10 ± 0.20 | 2 |"
+    assert rows[4] == "| SAR 0.2 | 85.0 ± 5.0 | 20.0 ± 2.0 | 4.30 ± 0.48 | 2.90 ± 0.28 | 2 |"
     write_run(runs / "pareto-er-s0", 0.7, 50, steps=7)
     with pytest.raises(ValueError, match=r"end at different steps: \[7, 100\]"):
         seeds.collect(names)

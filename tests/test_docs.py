@@ -48,7 +48,7 @@ def plain(tmp_path_factory):
 
 def test_every_variant_of_the_table_is_there():
     table = USAGE.partition("| variant | where |")[2].partition("\n\n")[0]
-    assert len(VARIANTS) == len(table.splitlines()) - 2 == 8
+    assert len(VARIANTS) == len(table.splitlines()) - 2 == 9
 
 
 @pytest.mark.parametrize("name, diff", VARIANTS, ids=[name for name, _ in VARIANTS])

@@ -42,9 +42,12 @@ def row(length: int, status: str, last_number_status: str, finished: bool = True
 def test_aes_by_hand():
     better = {"accuracy": 0.6, "length": 70.0}
     assert evaluate.aes(better, BASE) == pytest.approx(0.3 + 5 * 0.2)
-    assert evaluate.aes({"accuracy": 0.4, "length": 120.0}, BASE) == pytest.approx(-0.2 - 5 * 0.2)
-    assert evaluate.aes(BASE, BASE) == 0
-    assert math.isnan(evaluate.aes(better, BASE | {"accuracy": 0.0}))
+    assert evaluate.aes(better, BASE, gain=3) == pytest.approx(0.3 + 3 * 0.2)
+    for gain in (5, 3):  # a loss weighs 5 in both forms
+        worse = {"accuracy": 0.4, "length": 120.0}
+        assert evaluate.aes(worse, BASE, gain) == pytest.approx(-0.2 - 5 * 0.2)
+        assert evaluate.aes(BASE, BASE, gain) == 0
+        assert math.isnan(evaluate.aes(better, BASE | {"accuracy": 0.0}, gain))
 
 
 def test_wilson_by_hand(rng):
@@ -118,13 +121,13 @@ def test_table_by_hand():
     head, *rows = cells_of(table)
     assert head == ["model", "problems", "accuracy", "by last number",
                     "tokens: mean / median / p95", "if right / wrong", "unfinished", "unparsed",
-                    "AES", "pass@2"]
+                    "AES 5/5", "AES 3/5", "pass@2"]
     assert rows[0] == ["base", "2", "25.0% [2.7%, 80.2%]", "50.0% [9.5%, 90.5%]",
-                       "27.5 / 30 / 38", "10.0 / 30.0", "25.0%", "25.0%", "", "50.0%"]
-    assert [r[:1] + r[-2:] for r in rows[1:]] == [
-        ["new", "+10.45", "100.0%"],  # 5 * 0.5 / 0.25 + (27.5 - 15) / 27.5
-        ["base", "", "0.0%"],
-        ["new", "+nan", "100.0%"]]  # the other model was never right
+                       "27.5 / 30 / 38", "10.0 / 30.0", "25.0%", "25.0%", "", "", "50.0%"]
+    assert [r[:1] + r[-3:] for r in rows[1:]] == [
+        ["new", "+10.45", "+6.45", "100.0%"],  # 5 or 3 * 0.5 / 0.25 + (27.5 - 15) / 27.5
+        ["base", "", "", "0.0%"],
+        ["new", "+nan", "+nan", "100.0%"]]  # the other model was never right
     assert table.endswith("\n\n[95 % Wilson intervals]")
     assert cells_of(evaluate.comparison_table(groups[0])) == [head, *rows[:2]]
 
@@ -178,7 +181,7 @@ def test_command(folder, capsys):
         ["tiny: against-tiny", "8", ""], ["tiny: tiny", "8", "+0.00"]]
     assert "temperature 0, at most 512 tokens" in table
     base, ours = json.loads((folder / "first/results.json").read_text())["tiny"]
-    assert base | {"aes": 0} == ours
+    assert base | {"aes": 0, "aes_3": 0} == ours
     assert ours["problems"] == 8 and ours["skipped"] == 0 and 0 < ours["accuracy"] <= 1
     rows = [json.loads(line) for line in (folder / "first/tiny.jsonl").read_bytes().splitlines()]
     assert len(rows) == 8 and sum(r["status"] == "correct" for r in rows) / 8 == ours["accuracy"]
@@ -220,7 +223,8 @@ def test_the_other_model_is_what_aes_compares_with(folder, monkeypatch):
     first, second = json.loads((folder / "both/results.json").read_text())["tiny"]
     assert (first["accuracy"], second["accuracy"]) == (0.5, 1) and "aes" not in first
     assert second["aes"] == pytest.approx(5 * 0.5 / 0.5 + 10 / 40)
-    assert "| +5.25 |" in (folder / "both/table.md").read_text()
+    assert second["aes_3"] == pytest.approx(3 * 0.5 / 0.5 + 10 / 40)
+    assert "| +5.25 | +3.25 |" in (folder / "both/table.md").read_text()
     evaluate.main(["--against", "tiny", "--limit", "2", "--name", "never"])
     text = (folder / "never/results.json").read_text()
     assert json.loads(text)["tiny"][1]["aes"] is None and "NaN" not in text

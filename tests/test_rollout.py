@@ -57,11 +57,12 @@ def test_a_prompt_given_twice_gets_two_sets(model, prompts, stop):
     assert twice[:8] == tokens(generate(model, prompts[:2], n=4, max_new_tokens=60, stop=stop))
 
 
-def test_sampler_and_trainer_logprobs_agree(model, prompts, stop):
-    rollouts = generate(
-        model, prompts, n=3, max_new_tokens=80, stop=stop, temperature=1.5, top_k=50, slots=5
-    )
-    scored = answer_logprobs(model, [prompts[r.prompt] for r in rollouts], tokens(rollouts))
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_sampler_and_trainer_logprobs_agree(model, prompts, stop, temperature):
+    kw = dict(temperature=temperature, top_k=50, slots=5)
+    rollouts = generate(model, prompts, n=3, max_new_tokens=80, stop=stop, **kw)
+    contexts = [prompts[r.prompt] for r in rollouts]
+    scored = answer_logprobs(model, contexts, tokens(rollouts), temperature=temperature)
     sampled = torch.tensor([x for r in rollouts for x in r.logprobs])
     assert (sampled - torch.cat(scored)).abs().max() < 1e-4
     assert [r.prompt for r in rollouts] == [i for i in range(len(prompts)) for _ in range(3)]
@@ -324,7 +325,8 @@ def drawn(logits, count, **filters):
     uniform = torch.from_numpy(uniforms(keys, np.arange(count, dtype=np.uint64)))
     token, logprob = draw(logits.expand(count, -1), uniform, **settings).unbind(1)
     token = token.long()
-    want = logits.double().log_softmax(-1)[token].float()  # never of the filtered distribution
+    scaled = logits.double() / settings["temperature"]
+    want = scaled.log_softmax(-1)[token].float()  # never of the filtered distribution
     torch.testing.assert_close(logprob, want, rtol=0, atol=2e-6)
     return torch.bincount(token, minlength=len(logits))
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from model import GPT
 from sar import (
+    GROUP_REWARDS,
     REWARDS,
     alpha_at,
     answer_hidden,
@@ -339,20 +340,30 @@ PROBS = [[1.0, 1 / 4], [1 / 8], *[[1 / 2] * 3] * 6]  # ppl 2, 8, 2, ...
 LOGPROBS = [torch.tensor(p).log() for p in PROBS]
 
 
-def reward(name, vr=VR, lengths=LENGTHS, alpha=0.2, samples=4):
+def reward(name, vr=VR, lengths=LENGTHS, alpha=0.2, samples=4, sa=SA):
     n = len(vr)
-    rewards = total_reward(name, vr, SA[:n], LOGPROBS[:n], lengths, alpha=alpha, samples=samples)
-    return rewards.tolist()
+    return total_reward(name, vr, sa[:n], LOGPROBS[:n], lengths, alpha=alpha, samples=samples,
+                        longest=40).tolist()
 
 
 def test_rewards_without_a_group_by_hand():
     assert reward("vr") == VR.tolist()
     assert reward("sar") == pytest.approx([1.1, -0.1, 1.05, 1.0, 0.2, -0.2, 0.0, 0.025])
     assert reward("sar-only") == SA.tolist()
+    assert reward("sar-times") == pytest.approx([1.1, 0, 1.05, 1, 0, 0, 0, 0])
     em = [-math.log(2), -math.log(8), *[-math.log(2)] * 6]
     assert reward("em") == pytest.approx(em)
     assert reward("vr+em") == pytest.approx([v + 0.2 * e for v, e in zip(VR.tolist(), em)])
-    assert reward("sar", alpha=0) == reward("vr")
+    curious = [v - 0.2 * e for v, e in zip(VR.tolist(), em)]
+    assert reward("cde") == pytest.approx(curious) and curious[1] > 0  # wrong, but unsure
+    for name in ("sar", "sar-times", "vr+em", "cde"):
+        assert reward(name, alpha=0) == reward("vr")
+
+
+def test_truncation_by_hand():
+    assert reward("truncation", alpha=0.5) == [1, 0, 0, 1, 0, 0, 0, 0]  # at most 20 of 40 tokens
+    assert reward("truncation", alpha=0.75) == VR.tolist()  # a right answer of 30 just fits
+    assert reward("truncation", alpha=0.1) == [0] * 8
 
 
 def test_o1_by_hand():
@@ -377,6 +388,41 @@ def test_er_by_hand():
     assert reward("er", vr=torch.zeros(8).double()) == [0.0] * 8
 
 
+def test_kimi_by_hand():
+    # 10, 20, 30, 20: 1/2, 0, -1/2, 0; all wrong, 5, 5, 5, 25: min(0, 1/2), ..., -1/2
+    assert reward("kimi", alpha=0.4) == pytest.approx([1.2, 0, 0.8, 1.0, 0, 0, 0, -0.2])
+    swapped = 1 - VR  # the wrong answers of 10 and 30 tokens: min(0, 1/2) and -1/2
+    assert reward("kimi", vr=swapped, alpha=0.4)[:4] == pytest.approx([0, 1.0, -0.2, 0])
+    assert reward("kimi", lengths=torch.full((8,), 7)) == VR.tolist()  # ties
+
+
+def test_alp_by_hand():
+    # alpha L / 40 times the share of right answers: 3/4; none right: 1/4, one of four
+    want = [1 - 0.2 * 0.25 * 0.75, -0.2 * 0.5 * 0.75, 1 - 0.2 * 0.75 * 0.75, 1 - 0.2 * 0.5 * 0.75]
+    want += [-0.2 * 0.125 * 0.25] * 3 + [-0.2 * 0.625 * 0.25]
+    assert reward("alp") == pytest.approx(want)
+    ties = reward("alp", vr=torch.ones(8).double(), lengths=torch.full((8,), 20))
+    assert ties == pytest.approx([0.9] * 8)
+
+
+def test_gr3_by_hand():
+    # mean 20: 1 / (1 + 0.33 / 2), 0, 1 / (1 + 0.33 * 3 / 2), 1 / 1.33
+    want = [1 / 1.165, 0, 1 / 1.495, 1 / 1.33, 0, 0, 0, 0]
+    assert reward("gr3", alpha=0.33) == pytest.approx(want)
+    ties = reward("gr3", alpha=0.33, lengths=torch.full((8,), 7))
+    assert ties == pytest.approx([v / 1.33 for v in VR.tolist()])
+
+
+def test_mo_grpo_by_hand():
+    # R_VR 1, 0, 1, 1: mean 3/4, deviation sqrt(3)/4; R_SA 1, 1, 0, 0: mean and deviation 1/2
+    sa, root = torch.tensor([1.0, 1, 0, 0, 3, 3, 3, 3]).double(), 3**0.5
+    want = [1 / root + 1, -root + 1, 1 / root - 1, 1 / root - 1]
+    assert reward("mo", sa=sa) == pytest.approx([*want, 0, 0, 0, 0], abs=1e-6)  # all wrong, ties
+    assert reward("mo", sa=sa * 1e-3)[:4] == pytest.approx(want, abs=1e-3)  # whatever its size
+    groups = torch.tensor(reward("mo"), dtype=torch.float64).view(2, 4)
+    assert groups.sum(1).tolist() == pytest.approx([0, 0])  # so it is the advantage
+
+
 @pytest.mark.parametrize("name", ["o1", "er"])
 def test_group_rewards_equal_a_plain_loop(rng, name):
     P, samples, alpha = 6, 5, rng.random()
@@ -396,7 +442,8 @@ def test_group_rewards_equal_a_plain_loop(rng, name):
                 z = (length - mean) / spread if spread else 0
                 want.append(correct and 1 - alpha * math.tanh(z / 2))
     logprobs = [torch.zeros(1)] * N
-    got = total_reward(name, vr, torch.zeros(N), logprobs, lengths, alpha=alpha, samples=samples)
+    got = total_reward(name, vr, torch.zeros(N), logprobs, lengths, alpha=alpha, samples=samples,
+                       longest=300)
     assert got.tolist() == pytest.approx(want, abs=1e-12)
 
 
@@ -404,9 +451,13 @@ def test_rewards_that_cannot_be():
     names = ", ".join(REWARDS).replace("+", r"\+")
     with pytest.raises(ValueError, match=f"no reward 'best': choose one of {names}"):
         reward("best")
+    assert {*GROUP_REWARDS} < {*REWARDS}
+    for name in REWARDS:  # each has a formula
+        assert len(reward(name)) == 8
     # an answer without tokens has no ppl(a|q): no best reward for saying nothing
     with pytest.raises(ValueError, match="no perplexity"):
-        total_reward("em", VR[:1], SA[:1], [torch.empty(0)], LENGTHS[:1], alpha=0.2, samples=1)
+        total_reward("em", VR[:1], SA[:1], [torch.empty(0)], LENGTHS[:1], alpha=0.2, samples=1,
+                     longest=40)
 
 
 def test_alpha_schedule_by_hand():

@@ -21,7 +21,8 @@ from data.tokenizer import Tokenizer
 from runtime import parallel
 from runtime import runs as runs_module
 from runtime.errors import user_errors
-from train_sa_grpo import group_advantages, kl_k3, policy_loss
+from sar import REWARDS, answer_logprobs, self_aligned_reward, total_reward
+from train_sa_grpo import group_advantages, kl_k3, policy_loss, shortest_advantages
 
 SMALL = ("--prompts-per-step 4 --minibatch 2 --samples 4 --max-new-tokens 48 --eval-every 0 "
          "--save-every 2").split()
@@ -40,6 +41,19 @@ def test_group_advantages_by_hand():
     assert (group_advantages(equal) == 0).all()
 
 
+def test_gfpo_by_hand():
+    rewards = torch.tensor([[1.0, 0.0, 1.2, 0.0], [0.5, 0.25, 1.0, 0.0], [0.0] * 4]).double()
+    lengths = torch.tensor([[9, 3, 5, 7], [4, 4, 4, 4], [1, 2, 3, 4]])  # ties: the first are kept
+    two = shortest_advantages(rewards, lengths, 2)
+    assert two[0].tolist() == pytest.approx([0, -0.6, 0.6, 0])
+    assert two[1].tolist() == pytest.approx([0.125, -0.125, 0, 0])
+    assert two[2].tolist() == [0] * 4
+    three = shortest_advantages(rewards, lengths, 3)
+    assert three[0].tolist() == pytest.approx([0, -0.4, 0.8, -0.4])
+    for keep in (4, None):
+        assert torch.equal(shortest_advantages(rewards, lengths, keep), group_advantages(rewards))
+
+
 def test_policy_loss_by_hand():
     # ratio, advantage -> loss, is the gradient gone?
     table = [(1.0, 2.0, -2.0, False), (1.1, 2.0, -2.2, False), (1.5, 2.0, -2.4, True),
@@ -53,6 +67,25 @@ def test_policy_loss_by_hand():
     assert clipped.tolist() == gone.bool().tolist()
     grad, = torch.autograd.grad(loss.sum(), logprob)
     assert grad.tolist() == pytest.approx([0.0 if g else -a * r for r, a, _, g in table])
+
+
+@pytest.mark.parametrize("script", [train_sa_grpo, train_sa_ppo])
+def test_log_ratios_are_held_and_k3_is_at_most_10(script):
+    """A log-ratio above 88 overflows float32's exp, and infinity times 0 is NaN."""
+    old = torch.zeros(4)
+    logprob = torch.tensor([200.0, 200.0, 200.0, -200.0], requires_grad=True)
+    loss, clipped = script.policy_loss(logprob, old, torch.tensor([1.0, -1.0, 0.0, 1.0]))
+    assert loss.tolist() == pytest.approx([-1.2, 3, 0, -math.exp(-20)])
+    assert clipped.tolist() == [True, True, False, False]
+    loss.sum().backward()
+    assert logprob.grad.tolist() == [0] * 4
+    d = torch.tensor([2.0, 2.6, 30.0, 200.0, -10.0, -30.0], requires_grad=True)  # frozen - policy
+    k3 = script.kl_k3(torch.zeros(6), d)
+    want = [math.exp(2) - 3, math.exp(2.6) - 3.6, 10, 10, math.exp(-10) + 9, 10]
+    assert k3.tolist() == pytest.approx(want)
+    k3.sum().backward()
+    assert d.grad.tolist() == pytest.approx([math.exp(2) - 1, math.exp(2.6) - 1, 0, 0,
+                                             math.exp(-10) - 1, 0])
 
 
 def test_k3_by_hand_and_as_an_estimate(rng):
@@ -157,7 +190,7 @@ def test_the_gradient_is_that_of_the_objective_written_out(runs, monkeypatch):
             logits = (model(tokens) @ model.unembedding.T)[0, len(prompt) - 1:-1]
             logprobs.append(logits.log_softmax(-1).gather(1, answer)[:, 0])
         logp, frozen = logprobs[0], logprobs[1].detach()
-        kl = (frozen - logp).exp() - (frozen - logp) - 1
+        kl = ((frozen - logp).exp() - (frozen - logp) - 1).clamp(max=10)
         loss = -row["advantage"] * (logp - logp.detach()).exp() + 0.5 * kl
         total = total + loss.sum() / 48 / 16  # max_new_tokens, answers
     total.backward()
@@ -173,6 +206,39 @@ def test_settings_that_change_the_run_do(runs):
         train("--name", flag[2:], "--steps", 2, flag, value)
         assert metrics(runs / "plain")[1] != metrics(runs / flag[2:])[1], flag
         assert all(m["grad_norm"] > 0 for m in metrics(runs / flag[2:]))
+
+
+@pytest.mark.parametrize("script", [train_sa_grpo, train_sa_ppo])
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_at_any_temperature_the_first_ratio_is_1(runs, script, temperature):
+    """Sampler, scorer and update take the same distribution, in both scripts."""
+    flags = [*SMALL, "--minibatch", 4, "--steps", 1, "--temperature", temperature, "--name", "t"]
+    script.main(list(map(str, flags)))
+    row, = metrics(runs / "t")
+    assert row["mismatch_max"] < 1e-4
+    assert row["ratio_max"] == pytest.approx(1, abs=1e-4) and row["clip_fraction"] == 0
+
+
+def test_a_run_that_would_have_diverged_goes_on(runs):
+    """A step of 1 in every weight: the log-ratio to the start is far above 88 afterwards."""
+    train("--name", "far", "--steps", 1, "--lr", 1, "--epochs", 2)
+    row, = metrics(runs / "far")
+    assert math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) and 1 < row["kl"] <= 10
+
+
+def test_the_frozen_start_may_score(runs, model):
+    """R_SA is the start's in every step, without a KL too; what is logged is the policy's."""
+    train("--name", "f", "--steps", 2, "--score-with", "frozen", "--lr", 0.01, "--kl-coef", 0)
+    tokenizer = Tokenizer.from_pretrained(ROOT / "data/tiny")
+    no_question = encode_prompt(tokenizer, "")
+    moved = []
+    for a in lines(runs / "f" / "completions.jsonl"):
+        contexts = [encode_prompt(tokenizer, a["question"]), no_question]
+        given, without = answer_logprobs(model, contexts, [a["tokens"]] * 2)
+        assert a["r_sa"] == pytest.approx(self_aligned_reward([given], [without]).item(), abs=1e-4)
+        assert a["reward"] == pytest.approx(a["r_vr"] + 0.2 * a["r_sa"])
+        moved.append(abs(a["r_sa"] - max(-1, 1 - a["ppl_query"] / a["ppl_alone"])))
+    assert max(moved[:16]) < 1e-6 and max(moved[16:]) > 1e-3
 
 
 def test_the_verifier_is_the_one_asked_for(runs, monkeypatch):
@@ -202,13 +268,29 @@ def test_rivals_train_from_the_command_line(runs):
         for a in group:
             shorter = max(-1, min(1, mean / len(a["tokens"]) - 1))
             assert a["reward"] == pytest.approx(a["r_vr"] + 0.3 * shorter)
-    for name in ("er", "em", "vr+em", "sar-only"):
+    for name in ("sar-only", "er", "cde", "kimi", "alp", "truncation"):
         train("--name", name, "--steps", 1, "--reward", name)
-        for a in lines(runs / name / "completions.jsonl"):
-            r, vr, sa, em = a["reward"], a["r_vr"], a["r_sa"], -math.log(a["ppl_query"])
-            er = r if vr and abs(r - 1) <= 0.2 else 0
-            want = {"er": er, "em": em, "vr+em": vr + 0.2 * em, "sar-only": sa}[name]
-            assert r == pytest.approx(want), name
+        answers = lines(runs / name / "completions.jsonl")
+        table = [[a[key] for key in ("reward", "r_vr", "r_sa", "ppl_query")] for a in answers]
+        r, vr, sa, ppl = torch.tensor(table, dtype=torch.float64).T
+        lengths = torch.tensor([len(a["tokens"]) for a in answers])
+        want = total_reward(name, vr, sa, list(-ppl.log()[:, None]), lengths, longest=48,
+                            alpha=REWARDS[name], samples=4)  # its own weight
+        assert r.tolist() == pytest.approx(want.tolist()), name
+
+
+def test_gfpo_trains_the_shortest_and_curiosity_decays(runs):
+    train("--name", "k", "--steps", 1, "--keep", 2)
+    answers = lines(runs / "k" / "completions.jsonl")
+    for first in range(0, 16, 4):
+        group = sorted(answers[first:first + 4], key=lambda a: len(a["tokens"]))
+        mean = (group[0]["reward"] + group[1]["reward"]) / 2
+        want = [group[0]["reward"] - mean, group[1]["reward"] - mean, 0, 0]
+        assert [a["advantage"] for a in group] == pytest.approx(want)
+    train("--name", "c", "--steps", 3, "--reward", "cde")
+    for a in lines(runs / "c" / "completions.jsonl"):
+        weight = [0.2, 0.1, 0][a["step"] - 1]
+        assert a["reward"] == pytest.approx(a["r_vr"] + weight * math.log(a["ppl_query"]))
 
 
 def test_an_alpha_schedule_is_resumed_where_it_was(runs, monkeypatch):
@@ -312,6 +394,9 @@ def fails(capsys, *argv):
 
 def test_impossible_settings(runs, capsys):
     assert "at least 2" in fails(capsys, "--samples", 1)
+    assert "at least 2" in fails(capsys, "--keep", 1)
+    assert "no more than it has" in fails(capsys, "--keep", 5)
+    assert "--score-with: invalid choice" in fails(capsys, "--score-with", "start")
     assert "no multiple of --minibatch 8" in fails(capsys, "--minibatch", 8)
     assert "no multiple" in fails(capsys, "--minibatch", 3)
     assert "--lr: must be positive" in fails(capsys, "--lr", 0)

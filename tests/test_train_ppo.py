@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 import train_sa_grpo
 import train_sa_ppo
+from data.prompts import encode_prompt
 from runtime.errors import user_errors
+from sar import answer_logprobs
 from train_sa_ppo import gae, policy_loss, value_loss, whiten
 
 SMALL = ("--prompts-per-step 8 --minibatch 4 --max-new-tokens 48 --eval-every 0 --save-every 2 "
@@ -133,6 +135,39 @@ def test_gradients_do_not_depend_on_micro_batches(runs, monkeypatch):
         assert (first - other).norm() / first.norm() < 1e-9
 
 
+def test_credit_by_token(runs, monkeypatch, model, tokenizer):
+    """Token j is paid alpha v_j / L, the last one also R_VR; nothing beyond the answer."""
+    paid, real = [], train_sa_ppo.gae
+
+    def spy(rewards, *rest):
+        paid.extend(rewards.clone())
+        return real(rewards, *rest)
+    monkeypatch.setattr(train_sa_ppo, "gae", spy)
+    train("--name", "t", "--steps", 1, "--credit", "token", "--alpha", 0.3)
+    answers, no_question = lines(runs / "t" / "completions.jsonl"), encode_prompt(tokenizer, "")
+    for a, rewards in zip(answers, paid, strict=True):
+        contexts, length = [encode_prompt(tokenizer, a["question"]), no_question], len(a["tokens"])
+        given, without = answer_logprobs(model, contexts, [a["tokens"]] * 2)
+        want = 0.3 * (given - without).double() / length
+        want[-1] += a["r_vr"]
+        assert rewards[:length].tolist() == pytest.approx(want.tolist(), abs=1e-5)
+        assert not rewards[length:].any()
+        assert a["reward"] == pytest.approx(rewards.sum().item())
+    train("--name", "whole", "--steps", 1, "--alpha", 0.3)
+    for a, rewards in zip(lines(runs / "whole" / "completions.jsonl"), paid[8:], strict=True):
+        length = len(a["tokens"])
+        assert rewards[length - 1] == a["r_vr"] + 0.3 * a["r_sa"] and rewards.count_nonzero() <= 1
+
+
+def test_the_frozen_start_may_score(runs, model, tokenizer):
+    train("--name", "f", "--steps", 2, "--critic-warmup", 0, "--lr", 0.01, "--score-with", "frozen")
+    for a in lines(runs / "f" / "completions.jsonl")[8:]:
+        contexts = [encode_prompt(tokenizer, a["question"]), encode_prompt(tokenizer, "")]
+        given, without = answer_logprobs(model, contexts, [a["tokens"]] * 2)
+        want = max(-1, 1 - math.exp((without - given).double().mean()))
+        assert a["r_sa"] == pytest.approx(want, abs=1e-4)
+
+
 def test_alpha_zero_is_plain_ppo_bit_for_bit(runs):
     train("--name", "zero", "--steps", 2, "--alpha", 0)
     train("--name", "vr", "--steps", 2, "--reward", "vr")
@@ -169,6 +204,7 @@ def test_impossible_settings(runs, capsys):
                         (["--critic-lr", "0"], "--critic-lr: must be positive"),
                         (["--minibatch", "16"], "no multiple of --minibatch 16"),
                         (["--reward", "o1"], o1),
+                        (["--credit", "token", "--reward", "vr"], "--credit token is for"),
                         (["--kl-in-reward"], "--kl-in-reward needs a --kl-coef")):
         with pytest.raises(SystemExit) as stop, user_errors():
             train(*argv)
