@@ -423,6 +423,16 @@ def is_equivalent(prediction: str, reference: str) -> bool:
         return False
 
 
+def kind_of(answer: str) -> str | None:
+    """How an answer is read: "value", "choice", "text", or None where it cannot be read."""
+    if re.fullmatch(r"\(?([A-E]|true|false)\)?", answer.strip(), re.IGNORECASE):
+        return "choice"
+    if len(answer) > MAX_ANSWER:
+        return None
+    kinds = [_kind(reading) for reading in _readings(answer)]
+    return None if not kinds else "text" if kinds[0] == "text" else "value"
+
+
 def _equal(a, b):
     readings_a, readings_b = _readings(a), _readings(b)
     if any(_same(x, y) for x in readings_a for y in readings_b):
