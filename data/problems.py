@@ -109,9 +109,6 @@ def read_problems(path: Path, question_field: str | None = None,
         for what, text in vars(problem).items():
             if not text:
                 raise ValueError(f"{where}: the {what} is blank")
-            if NOT_TEXT.search(text):
-                raise ValueError(f"{where}: the {what} {text!r:.60} holds half a character or a "
-                                 "control character: JSON doubles the backslash of \\\\frac")
         shortened += problem.answer != answer
         if kind_of(problem.answer) is None:
             unread.append(where)
@@ -145,6 +142,9 @@ def text_of(row: dict, where: str, what: str, names: str) -> str:
         value = str(value).removesuffix(".0")  # 27.0 says 27
     if not isinstance(value, str):
         raise ValueError(f"{where}: the {what} is neither text nor a number: {value!r:.60}")
+    if NOT_TEXT.search(value):
+        raise ValueError(f"{where}: the {what} holds half a character or a control character, "
+                         f"{value!r:.60}: JSON doubles the backslash of \\\\frac")
     return value.strip()
 
 
@@ -272,8 +272,8 @@ def prontoqa_problems(name: str) -> list[Problem]:
 def last_boxed(solution: str) -> str | None:
     r"""What the last \boxed{...} or \fbox{...} of a LaTeX solution holds, with one level of braces
     inside, as a number has at most; None if there is none."""
-    start = max(solution.rfind("\\boxed"), solution.rfind("\\fbox"))
-    box = re.match(r"\\f?box(?:ed)?\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([^{\s$]+))", solution[start:])
+    last = solution[max(solution.rfind("\\boxed"), solution.rfind("\\fbox")):]
+    box = re.match(r"\\(?:boxed|fbox)\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([^{\s$]+))", last)
     return box and (box[1] or box[2].rstrip(".")).strip()
 
 
