@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-BLANK = "\ufeff \t\r\n"  # may stand round a JSON text
+BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark in UTF-8, and what may stand round JSON
 MAX_BYTES = 2**28  # of a line, or of a whole JSON array: a small .gz can hold an endless one
 
 
@@ -60,11 +60,11 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
 def json_rows(file) -> Iterator[object]:
     """The rows of JSONL, with ... for a blank line; or of an array, which begins with [."""
     with file:
-        if file.peek(1).lstrip(BLANK.encode()).startswith(b"["):
+        if file.peek(1).lstrip(BLANK).startswith(b"["):
             yield from json.loads(file.read(MAX_BYTES))
-        for line in iter(lambda: file.readline(MAX_BYTES), b""):
-            text = line.decode("utf-8").strip(BLANK)
-            yield json.loads(text) if text else ...
+        while line := file.readline(MAX_BYTES):
+            line = line.strip(BLANK)
+            yield json.loads(line) if line else ...
 
 
 def open_tensors(path: Path) -> safe_open:

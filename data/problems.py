@@ -38,12 +38,11 @@ SEED = 42  # of their split and of every draw of MAX_PER_SOURCE
 HELD_OUT = 320  # problems kept from training, at most, where the data has no test set of its own
 
 PUBLISHED = read_json(Path(__file__).with_name("published.json"))
-NUMINA = [file for file in PUBLISHED if file.startswith("NuminaMath")]
-OPENR1 = [file for file in PUBLISHED if file.startswith("OpenR1")]
+WORD_SETS = {"openr1": "OpenR1-Math-220k", "numina": "NuminaMath-1.5"}  # the folders of their files
 LOGICBENCH = [file for file in PUBLISHED if file.startswith("logicbench")]
 JSONL_SETS = {entry["name"]: file for file, entry in PUBLISHED.items() if "name" in entry}
 JSONL_SETS["gsm-symbolic"] = JSONL_SETS["gsm-symbolic-p1"]  # which the authors evaluate
-SPLIT_SETS = ["tiny", "gsm8k", "math", "openr1", "numina"]
+SPLIT_SETS = ["tiny", "gsm8k", "math", *WORD_SETS]
 LOGIC_SETS = {  # how a question is worded: by us, and by the authors' code
     "logicbench": "{}\n{}\n{}\nAnswer with the letter of the right choice.",
     "logicbench-paper": "{}\n{} Choose from the following answers:\n{}",
@@ -51,8 +50,8 @@ LOGIC_SETS = {  # how a question is worded: by us, and by the authors' code
     "prontoqa-paper": "{} {}"}
 NAMES = [*SPLIT_SETS, *JSONL_SETS, *LOGIC_SETS]
 EXPECTED = "expected one JSON object a line with question (or problem) and answer"
-NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-WORKED = re.compile(r"\\f?box|####|\banswers?\s*(?:is|are|:|=)", re.IGNORECASE)
+NOT_TEXT = "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]"
+WORKED = r"(?i)\n|\\f?box|####|\banswers?[\s*]*(?:is|are|:|=)"  # what only a worked solution has
 
 
 @dataclass
@@ -85,7 +84,7 @@ def load_problems(name_or_path: str, split: str = "train", question_field: str |
         name = f"gsm8k-{split}"
     if name == "math":
         return math_problems(split)
-    if name in ("openr1", "numina"):
+    if name in WORD_SETS:
         return word_problems(name, split)
     if name in LOGIC_SETS:
         read = logicbench_problems if name.startswith("logicbench") else prontoqa_problems
@@ -142,7 +141,7 @@ def text_of(row: dict, where: str, what: str, names: str) -> str:
         value = str(value).removesuffix(".0")  # 27.0 says 27
     if not isinstance(value, str):
         raise ValueError(f"{where}: the {what} is neither text nor a number: {value!r:.60}")
-    if NOT_TEXT.search(value):
+    if re.search(NOT_TEXT, value):
         raise ValueError(f"{where}: the {what} holds half a character or a control character, "
                          f"{value!r:.60}: JSON doubles the backslash of \\\\frac")
     return value.strip()
@@ -153,10 +152,10 @@ def final_answer(text: str) -> str:
 
     In GSM8K's form it stands in the last line behind ####, with marks such as <<48/2=24>>.
     """
-    _, mark, last = text.rpartition("####")
-    if mark and "\n" not in last:
-        text = re.sub(r"<<[^<>\n]*>>", "", last).strip()
-    worked = "\n" in text or WORKED.search(text)
+    last = re.search(r"####([^#\n]*)$", text)
+    if last:
+        text = re.sub(r"<<[^<>]*>>", "", last[1]).strip()
+    worked = re.search(WORKED, text)
     return worked and extract_answer(text) or text
 
 
@@ -217,15 +216,16 @@ def math_problems(split: str) -> list[Problem]:
 
 def word_problems(name: str, split: str) -> list[Problem]:
     """OpenR1-Math-220k ("default") or NuminaMath 1.5: word problems whose answer is a number."""
-    kept, read, good = {}, 0, 0
-    for path in map(published, OPENR1 if name == "openr1" else NUMINA):
-        for _, row in read_rows(path):
+    answers, read, good = {}, 0, 0  # by question: a question must not stand in both splits
+    for file in PUBLISHED:
+        if not file.startswith(WORD_SETS[name]):
+            continue
+        for _, row in read_rows(published(file)):
             read += 1
             if is_word_problem(row):
                 good += 1
-                problem = Problem(row["problem"].strip(), row["answer"])
-                kept.setdefault(problem.question, problem)  # else it could stand in both splits
-    problems = list(kept.values())
+                answers.setdefault(row["problem"].strip(), row["answer"])
+    problems = [Problem(*pair) for pair in answers.items()]
     random.Random(SEED).shuffle(problems)
     test = round(TEST_SHARE * len(problems))
     part = problems[:test] if split == "test" else problems[test:]
