@@ -35,9 +35,10 @@ def read_json(path: Path) -> dict:
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     """(where, row) of JSONL or a JSON array, of either as .gz, of .parquet, of .csv with a head.
 
-    where: file and line. Raises ValueError that names both.
+    where: the file, and its line or row. Raises ValueError that names both.
     """
     number, opened = 0, gzip.open if path.suffix == ".gz" else open
+    place = f"{path}, line" if ".jsonl" in path.suffixes else f"{path}, row"
     try:
         if path.suffix == ".parquet":
             from pyarrow.parquet import ParquetFile
@@ -49,11 +50,11 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
             rows = json_rows(opened(path, "rb"))
         for number, row in enumerate(rows, start=1):
             if row is not ...:
-                yield f"{path}, line {number}", row
+                yield f"{place} {number}", row
     except ImportError:
         raise ValueError(f"{path} is a Parquet file: pip install pyarrow") from None
     except (ValueError, OSError, EOFError, RecursionError, zlib.error, csv.Error) as error:
-        raise ValueError(f"{path}, line {number + 1} is no valid JSON, CSV or Parquet: "
+        raise ValueError(f"{place} {number + 1} is no valid JSON, CSV or Parquet: "
                          f"{one_line(error)}") from None
 
 

@@ -109,7 +109,8 @@ def read_problems(path: Path, question_field: str | None = None,
             if not text:
                 raise ValueError(f"{where}: the {what} is blank")
         shortened += problem.answer != answer
-        if kind_of(problem.answer) is None:
+        kind = kind_of(problem.answer)
+        if kind is None or kind == "text" and "\n" in problem.answer:  # no final answer was found
             unread.append(where)
         problems.append(problem)
     if not problems:

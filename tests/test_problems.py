@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import TINY
 
+import evaluate
 from data import problems
 from data.problems import Problem, batch_of, load_problems, shuffled, training_problems
 from data.prompts import encode_prompt
@@ -244,9 +245,10 @@ def test_a_broken_file_of_every_kind_is_one_sentence(place, monkeypatch):
             "a.parquet": as_parquet(ROWS), "a.csv": b'question,answer\n"q\0' + b"x" * 200_000}
     for name, body in good.items():
         (place / name).write_bytes(body[:-20])
-        assert f"{place / name}, line " in refusal(str(place / name))
+        place_of = "line" if "jsonl" in name else "row"
+        assert f"{place / name}, {place_of} " in refusal(str(place / name))
     (place / "a.json").write_bytes(b'[{"question": "q", "answer": 1}, 7]')
-    assert "line 2 is no JSON object but a int" in refusal(str(place / "a.json"))
+    assert "row 2 is no JSON object but a int" in refusal(str(place / "a.json"))
     monkeypatch.setattr("data.files.MAX_BYTES", 1000)  # an endless line in a small file
     (place / "a.jsonl.gz").write_bytes(gzip.compress(b"0" * 10**6))
     assert "line 1 is no valid JSON" in refusal(str(place / "a.jsonl.gz"))
@@ -259,7 +261,7 @@ def test_null_means_absent(place):
     assert load_problems(jsonl(place / "a.jsonl", joined)) == [Problem("p", "18")]
 
 
-def test_fields_of_other_names(place):
+def test_fields_of_other_names(place, tokenizer):
     row = {"prompt": "q", "reward_model": {"ground_truth": 7}, "extra.id": "e", "question": "no"}
     path = jsonl(place / "a.jsonl", row)
     fields = dict(question_field="prompt", answer_field="reward_model.ground_truth")
@@ -270,6 +272,10 @@ def test_fields_of_other_names(place):
             load_problems(path, answer_field=field, question_field="prompt")
     with pytest.raises(ValueError, match="'prompt', 'reward_model', 'extra.id'"):
         load_problems(path)
+    flags = SimpleNamespace(data=path, limit=None, max_new_tokens=9, eval_every=0, **fields,
+                            max_prompt_tokens=99, prompts_per_step=1)
+    assert evaluate.load_benchmarks(flags, [tokenizer], 99)[0] == {"a": [Problem("q", "7")]}
+    assert training_problems(flags, tokenizer, TINY) == ([Problem("q", "7")], [])
 
 
 @pytest.mark.parametrize("answer, reference", [
@@ -290,7 +296,7 @@ def test_a_worked_solution_gives_its_final_answer(place, answer, reference, caps
 
 
 def test_references_that_the_verifier_cannot_read_are_counted(place, capsys):
-    answers = ["1", "Paris", "(A)", "\\frac{1}{", "x^2", "[1, 2"]
+    answers = ["1", "Paris", "(A)", "\\frac{1}{", "x^2", "So we add\nand are done"]
     path = jsonl(place / "a.jsonl", *({"question": "q", "answer": a} for a in answers))
     assert [p.answer for p in load_problems(path)] == answers
     says = f"a.jsonl: 6 problems (2 answers that the verifier cannot read, first {path}, line 4)\n"
