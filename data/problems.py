@@ -75,9 +75,8 @@ def load_problems(name_or_path: str, split: str = "train", question_field: str |
     if path.is_file() and name not in NAMES:
         problems, how = read_problems(path, question_field, answer_field)
         return at_most(path.name, problems, how, len(problems))
-    base, _, ending = name.rpartition("-")
-    if base in SPLIT_SETS and ending in ("train", "test"):
-        name, split = base, ending
+    if name.endswith(("-train", "-test")):
+        name, _, split = name.rpartition("-")
     if name == "tiny":
         return [Problem(*pair) for pair in tiny_problems(split)]
     if name == "gsm8k":
@@ -90,7 +89,8 @@ def load_problems(name_or_path: str, split: str = "train", question_field: str |
         read = logicbench_problems if name.startswith("logicbench") else prontoqa_problems
         return at_most(name, read(name))
     if name not in JSONL_SETS:
-        raise FileNotFoundError(f"data {name!r} is neither a file nor one of {', '.join(NAMES)}")
+        names = ", ".join(NAMES)
+        raise FileNotFoundError(f"data {name_or_path!r} is neither a file nor one of {names}")
     problems, how = read_problems(published(JSONL_SETS[name]))
     if name == "aime24":  # published with three digits, as 033
         problems = [Problem(p.question, p.answer.lstrip("0") or "0") for p in problems]
@@ -209,7 +209,7 @@ def math_problems(split: str) -> list[Problem]:
         for member in members:
             row = json.load(archive.extractfile(member))
             answer = last_boxed(row["solution"])
-            if answer and is_number(answer):
+            if is_number(answer):
                 problems.append(Problem(row["problem"].strip(), answer))
     how = f"{len(problems)} of {len(members)} have a numeric answer"
     return at_most(f"math {split}", problems, how)
@@ -270,12 +270,12 @@ def prontoqa_problems(name: str) -> list[Problem]:
     return problems
 
 
-def last_boxed(solution: str) -> str | None:
-    r"""What the last \boxed{...} or \fbox{...} of a LaTeX solution holds, with one level of braces
-    inside, as a number has at most; None if there is none."""
-    last = solution[max(solution.rfind("\\boxed"), solution.rfind("\\fbox")):]
-    box = re.match(r"\\(?:boxed|fbox)\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([^{\s$]+))", last)
-    return box and (box[1] or box[2].rstrip(".")).strip()
+def last_boxed(solution: str) -> str:
+    r"""What the last \boxed{...} or \fbox{...} of a LaTeX solution holds; blank if there is none or
+    it has more than one level of braces, which no number has."""
+    box = r"\\(?:boxed|fbox)\s*(\{(?:[^{}]|\{[^{}]*\})*\}|[^{\s$]+|)"
+    last = ["", *re.findall(box, solution)][-1]
+    return last.removeprefix("{").removesuffix("}").strip().rstrip(".")
 
 
 def is_number(answer: str) -> bool:
