@@ -146,6 +146,8 @@ def main(argv: list[str] | None = None):
     flag("--model", type=settings.model_name, default="tiny", help="see train_sa_grpo.py --help")
     flag("--against", type=settings.model_name, help="the model that AES compares with")
     flag("--data", type=settings.data_names, default="tiny", help=f"JSONL files, {','.join(NAMES)}")
+    flag("--question-field", help="as in training")
+    flag("--answer-field", help="as in training")
     flag("--limit", type=positive, help="problems of each benchmark, evenly spaced (default: all)")
     flag("--samples", type=positive, default=1, help="answers to each problem (default: 1)")
     flag("--temperature", type=settings.not_negative, default=0.0, help="default: 0, greedy")
@@ -205,7 +207,7 @@ def load_benchmarks(args, tokenizers: list[Tokenizer], room: int) -> tuple[dict,
         benchmark = Path(name).stem if Path(name).is_file() else name
         if benchmark in problems:
             raise ValueError(f"--data names two benchmarks that are called alike: {args.data}")
-        found = load_problems(name, split="test")
+        found = load_problems(name, "test", args.question_field, args.answer_field)
         count = min(len(found), args.limit or len(found))
         kept = problems[benchmark] = []
         for i in range(count):

@@ -33,7 +33,7 @@ from sar import alpha_at, self_aligned_reward, token_values, total_reward
 from verify import judge
 
 PAPER = dict(  # the paper and its public code
-    data="gsm8k,math,numina",
+    data="gsm8k,math,openr1",
     max_prompt_tokens=1024,
     max_new_tokens=4096,
     reward="sar",  # with its alpha of 0.2 (sar.REWARDS)

@@ -1,14 +1,19 @@
 """Problems: a question and the reference of its final answer, from your file or a published set.
 
-    load_problems("my.jsonl")       one JSON object a line with question (or problem) and answer
+    load_problems("my.jsonl")       JSONL with question (or problem) and answer; also a JSON array,
+                                    .gz of either, .parquet, .csv
     load_problems("gsm8k", "test")  a published set; one that is not split ignores the split
     load_problems("tiny")           the embedded model's own problems (data/tiny_world.py)
 
+Repeated problems are merged, a reference that is a worked solution becomes its final answer by the
+rules of verify.py, and a note counts both, and the references that the verifier cannot read.
+
 Published files (data/published.json) are looked for in $SA_DATA, then in our cache, and are
 downloaded into the cache when absent. Training sets are filtered and cut as by the authors (github.
-com/amazon-science/Self-Aligned-Reward-Towards_Effective_and_Efficient_Reasoners): MATH and
-NuminaMath keep problems whose answer is a number, every source gives at most 10,000, NuminaMath is
-split 92 to 8. Their draw used other random number generators: ours is as large, not the same.
+com/amazon-science/Self-Aligned-Reward-Towards_Effective_and_Efficient_Reasoners): MATH, OpenR1 and
+NuminaMath keep problems whose answer is a number, every source gives at most 10,000, the last two
+are split 92 to 8 (what the paper calls NuminaMath is OpenR1 in that code). Their draw used other
+random number generators: ours is as large, not the same.
 """
 import functools
 import json
@@ -21,24 +26,32 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.files import file_sha256, one_line, read_json
+from data.files import file_sha256, one_line, read_json, read_rows
 from data.hub import cache_folder, download, download_lock, endpoint
 from data.prompts import encode_prompt
 from data.tiny_world import tiny_problems
+from verify import extract_answer, kind_of
 
 MAX_PER_SOURCE = 10_000  # problems (the authors' merge_datasets.py)
-NUMINA_TEST_SHARE = 0.08  # the authors' openr1.py
-SEED = 42  # of the numina split and of every draw of MAX_PER_SOURCE
+TEST_SHARE = 0.08  # of openr1 and numina (the authors' openr1.py)
+SEED = 42  # of their split and of every draw of MAX_PER_SOURCE
 HELD_OUT = 320  # problems kept from training, at most, where the data has no test set of its own
 
 PUBLISHED = read_json(Path(__file__).with_name("published.json"))
-NUMINA = [file for file in PUBLISHED if file.startswith("NuminaMath")]
+WORD_SETS = {"openr1": "OpenR1-Math-220k", "numina": "NuminaMath-1.5"}  # the folders of their files
 LOGICBENCH = [file for file in PUBLISHED if file.startswith("logicbench")]
 JSONL_SETS = {entry["name"]: file for file, entry in PUBLISHED.items() if "name" in entry}
 JSONL_SETS["gsm-symbolic"] = JSONL_SETS["gsm-symbolic-p1"]  # which the authors evaluate
-SPLIT_SETS = ["tiny", "gsm8k", "math", "numina"]
-NAMES = [*SPLIT_SETS, *JSONL_SETS, "logicbench", "prontoqa"]
+SPLIT_SETS = ["tiny", "gsm8k", "math", *WORD_SETS]
+LOGIC_SETS = {  # how a question is worded: by us, and by the authors' code
+    "logicbench": "{}\n{}\n{}\nAnswer with the letter of the right choice.",
+    "logicbench-paper": "{}\n{} Choose from the following answers:\n{}",
+    "prontoqa": "{}\n{} Answer with True or False.",
+    "prontoqa-paper": "{} {}"}
+NAMES = [*SPLIT_SETS, *JSONL_SETS, *LOGIC_SETS]
 EXPECTED = "expected one JSON object a line with question (or problem) and answer"
+NOT_TEXT = "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]"
+WORKED = r"(?i)\n|\\f?box|####|\banswers?[\s*]*(?:is|are|:|=)"  # what only a worked solution has
 
 
 @dataclass
@@ -47,101 +60,120 @@ class Problem:
     answer: str  # the reference of the final answer only, never the solution
 
 
-def load_problems(name_or_path: str, split: str = "train") -> list[Problem]:
-    """Read problems from a JSONL file or a published set (one of NAMES), in the file's order.
+def load_problems(name_or_path: str, split: str = "train", question_field: str | None = None,
+                  answer_field: str | None = None) -> list[Problem]:
+    """Read problems from a file or a published set (one of NAMES), in the file's order.
 
-    split: "train" or "test", for SPLIT_SETS; NAME-train and NAME-test say it in the name. Raises
-    ValueError for content that cannot be used, FileNotFoundError for what cannot be had.
+    split: "train" or "test", for SPLIT_SETS; NAME-train and NAME-test say it in the name. Fields
+    of a file may be nested, as in info.answer. Raises ValueError for content that cannot be used,
+    FileNotFoundError for what cannot be had.
     """
     if split not in ("train", "test"):
         raise ValueError(f"a split is 'train' or 'test', not {split!r}")
     name = str(name_or_path)
     path = Path(name).expanduser()
-    if name and path.exists() and name not in NAMES:
-        return read_jsonl(path)
-    base, _, ending = name.rpartition("-")
-    if base in SPLIT_SETS and ending in ("train", "test"):
-        name, split = base, ending
+    if path.is_file() and name not in NAMES:
+        problems, how = read_problems(path, question_field, answer_field)
+        return at_most(path.name, problems, how, len(problems))
+    if name.endswith(("-train", "-test")):
+        name, _, split = name.rpartition("-")
     if name == "tiny":
         return [Problem(*pair) for pair in tiny_problems(split)]
     if name == "gsm8k":
-        return at_most(f"gsm8k {split}", read_jsonl(published(f"gsm8k_{split}.jsonl")))
+        name = f"gsm8k-{split}"
     if name == "math":
         return math_problems(split)
-    if name == "numina":
-        return numina_problems(split)
-    if name == "logicbench":
-        return at_most(name, logicbench_problems())
-    if name == "prontoqa":
-        return at_most(name, prontoqa_problems())
+    if name in WORD_SETS:
+        return word_problems(name, split)
+    if name in LOGIC_SETS:
+        read = logicbench_problems if name.startswith("logicbench") else prontoqa_problems
+        return at_most(name, read(name))
     if name not in JSONL_SETS:
-        raise FileNotFoundError(f"data {name!r} is neither a file nor one of {', '.join(NAMES)}")
-    problems = read_jsonl(published(JSONL_SETS[name]))
+        names = ", ".join(NAMES)
+        raise FileNotFoundError(f"data {name_or_path!r} is neither a file nor one of {names}")
+    problems, how = read_problems(published(JSONL_SETS[name]))
     if name == "aime24":  # published with three digits, as 033
         problems = [Problem(p.question, p.answer.lstrip("0") or "0") for p in problems]
-    return at_most(name, problems)
+    return at_most(name, problems, how)
 
 
-def read_jsonl(path: Path) -> list[Problem]:
-    """Problems from a JSONL file; blank lines, byte order marks and CRLF are fine."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a regular file: problems are read from a JSONL file")
-    problems = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            try:
-                text = line.decode("utf-8").strip("\ufeff \t\r\n")
-                row = json.loads(text) if text else None
-            except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError too
-                why = one_line(error)
-                raise ValueError(f"{where} is not valid JSON ({why}): {EXPECTED}") from None
-            if text:
-                problems.append(problem_from(row, where))
+def read_problems(path: Path, question_field: str | None = None,
+                  answer_field: str | None = None) -> tuple[list[Problem], str]:
+    """The problems of a file, and how many references were shortened or cannot be read."""
+    problems, shortened, unread = [], 0, []
+    for where, row in read_rows(path):
+        question = text_of(row, where, "question", question_field or "question,problem,Question")
+        answer = text_of(row, where, "answer", answer_field or "answer,Answer")
+        problem = Problem(question, final_answer(answer))
+        for what, text in vars(problem).items():
+            if not text:
+                raise ValueError(f"{where}: the {what} is blank")
+        shortened += problem.answer != answer
+        kind = kind_of(problem.answer)
+        if kind is None or kind == "text" and "\n" in problem.answer:  # no final answer was found
+            unread.append(where)
+        problems.append(problem)
     if not problems:
         raise ValueError(f"{path} holds no problems: {EXPECTED}")
-    return problems
+    notes = [f"{shortened} worked solutions shortened to their final answer"] if shortened else []
+    if unread:
+        notes.append(f"{len(unread)} answers that the verifier cannot read, first {unread[0]}")
+    return problems, ", ".join(notes)
 
 
-def problem_from(row: dict, where: str) -> Problem:
-    """Check an object with "question" or "problem", and "answer" (text or a number).
+def text_of(row: dict, where: str, what: str, names: str) -> str:
+    """The question or the answer in a row: the first of the fields `names` that is not null.
 
-    In GSM8K's published form the answer is a worked solution: the reference is what follows ####,
-    and calculator marks such as <<48/2=24>> are dropped. `where` opens every ValueError.
+    An answer may be text or a number. `where` opens every ValueError.
     """
     if not isinstance(row, dict):
         raise ValueError(f"{where} is no JSON object but a {type(row).__name__}: {EXPECTED}")
-    question, answer = row.get("question", row.get("problem")), row.get("answer")
-    if question is None or answer is None:
+    for name in names.split(","):
+        value = row
+        for key in [name] if name in row else name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            break
+    if value is None:
         fields = ", ".join(map(repr, list(row)[:12])) or "(none)"
-        raise ValueError(f"{where} has the fields {fields}: {EXPECTED}")
-    if isinstance(answer, float) and answer.is_integer() and abs(answer) < 2**53:
-        answer = int(answer)  # 27.0 says 27; beyond 2^53 a float's digits are not its own
-    if type(answer) in (int, float) and abs(answer) < math.inf:
-        answer = str(answer)
-    for field, value in (("question", question), ("answer", answer)):
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: the {field} is neither text nor a number: {value!r:.60}")
-    if "####" in answer:
-        answer = re.sub(r"<<[^<>\n]*>>", "", answer).rpartition("####")[2]
-    problem = Problem(question.strip(), answer.strip())
-    for field, value in vars(problem).items():
-        if not value:
-            raise ValueError(f"{where}: the {field} is blank")
-        if re.search("[\ud800-\udfff]", value):  # JSON can write it, and no tokenizer can read it
-            raise ValueError(f"{where}: the {field} holds half a character (a lone surrogate)")
-    return problem
+        raise ValueError(f"{where}: the {what} is null or missing in the fields {fields}: "
+                         f"{EXPECTED}, or their names in --question-field and --answer-field")
+    if what == "answer" and type(value) in (int, float) and math.isfinite(value):
+        value = str(value).removesuffix(".0")  # 27.0 says 27
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: the {what} is neither text nor a number: {value!r:.60}")
+    if re.search(NOT_TEXT, value):
+        raise ValueError(f"{where}: the {what} holds half a character or a control character, "
+                         f"{value!r:.60}: JSON doubles the backslash of \\\\frac")
+    return value.strip()
 
 
-def at_most(name: str, problems: list[Problem], how: str = "") -> list[Problem]:
-    """At most MAX_PER_SOURCE problems, drawn with a fixed seed. Says on stderr what was kept."""
-    if len(problems) > MAX_PER_SOURCE:
-        problems = random.Random(SEED).sample(problems, MAX_PER_SOURCE)
-        how = f"{how}, {len(problems)} drawn with seed {SEED}".removeprefix(", ")
-    how = f" ({how})" if how else ""
+def final_answer(text: str) -> str:
+    """The reference in a worked solution, by the rules of verify.py; other text as it is.
+
+    In GSM8K's form it stands in the last line behind ####, with marks such as <<48/2=24>>.
+    """
+    last = re.search(r"####([^#\n]*)$", text)
+    if last:
+        text = re.sub(r"<<[^<>]*>>", "", last[1]).strip()
+    worked = re.search(WORKED, text)
+    return worked and extract_answer(text) or text
+
+
+def at_most(name: str, problems: list[Problem], how: str = "",
+            most: int = MAX_PER_SOURCE) -> list[Problem]:
+    """The different ones, at most `most`, drawn with a fixed seed. Says on stderr what was kept."""
+    notes = [how] if how else []
+    different = list({(p.question, p.answer): p for p in problems}.values())
+    if len(different) < len(problems):
+        notes.append(f"{len(problems) - len(different)} repeated ones merged")
+    if len(different) > most:
+        different = random.Random(SEED).sample(different, most)
+        notes.append(f"{most} drawn with seed {SEED}")
+    how = f" ({', '.join(notes)})" if notes else ""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{name}: {len(problems)} problems{how}", file=sys.stderr)
-    return problems
+        print(f"{name}: {len(different)} problems{how}", file=sys.stderr)
+    return different
 
 
 def published(file: str) -> Path:
@@ -176,83 +208,74 @@ def math_problems(split: str) -> list[Problem]:
         members.sort(key=lambda m: (m.name.split("/")[2], int(Path(m.name).stem)))
         for member in members:
             row = json.load(archive.extractfile(member))
-            row["answer"] = last_boxed(row["solution"])
-            if row["answer"] and is_number(row["answer"]):
-                problems.append(problem_from(row, f"MATH.tar, {member.name}"))
+            answer = last_boxed(row["solution"])
+            if is_number(answer):
+                problems.append(Problem(row["problem"].strip(), answer))
     how = f"{len(problems)} of {len(members)} have a numeric answer"
     return at_most(f"math {split}", problems, how)
 
 
-def numina_problems(split: str) -> list[Problem]:
-    """NuminaMath 1.5: valid word problems whose answer is a number."""
-    try:  # before gigabytes are fetched that cannot be read
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise ValueError("numina is a set of Parquet files: pip install pyarrow") from None
-    kept, read = {}, 0
-    for path in map(published, NUMINA):
-        for batch in ParquetFile(path).iter_batches(batch_size=4096):
-            read += len(batch)
-            for row in filter(is_word_problem, batch.to_pylist()):
-                problem = problem_from(row, str(path))
-                kept.setdefault(problem.question, problem)  # else it could stand in both splits
-    problems = list(kept.values())
+def word_problems(name: str, split: str) -> list[Problem]:
+    """OpenR1-Math-220k ("default") or NuminaMath 1.5: word problems whose answer is a number."""
+    answers, read, good = {}, 0, 0  # by question: a question must not stand in both splits
+    for file in PUBLISHED:
+        if not file.startswith(WORD_SETS[name]):
+            continue
+        for _, row in read_rows(published(file)):
+            read += 1
+            if is_word_problem(row):
+                good += 1
+                answers.setdefault(row["problem"].strip(), row["answer"])
+    problems = [Problem(*pair) for pair in answers.items()]
     random.Random(SEED).shuffle(problems)
-    test = round(NUMINA_TEST_SHARE * len(problems))
+    test = round(TEST_SHARE * len(problems))
     part = problems[:test] if split == "test" else problems[test:]
-    how = f"{len(problems)} of {read} are different valid word problems with a numeric answer"
-    return at_most(f"numina {split}", part, how)
+    how = (f"{good} of {read} are valid word problems with a numeric answer, "
+           f"{good - len(problems)} repeated ones merged")
+    return at_most(f"{name} {split}", part, how)
 
 
 def is_word_problem(row: dict) -> bool:
-    """The authors' filter for NuminaMath 1.5."""
+    """The authors' filters: OpenR1's answers were verified, NuminaMath's problems were judged."""
     problem, solution = row["problem"] or "", row["solution"] or ""
-    valid = row["problem_is_valid"] == "Yes" and row["solution_is_valid"] == "Yes"
+    valid = row.get("problem_is_valid") == "Yes" and row.get("solution_is_valid") == "Yes"
+    if "correctness_math_verify" in row:
+        valid = any(row["correctness_math_verify"] or [])  # of R1's answers at least one
     asked = row["question_type"] == "math-word-problem" and problem.strip() != ""
     linked = "http" in problem or "http" in solution
     return valid and asked and not linked and is_number(row["answer"] or "")
 
 
-def logicbench_problems() -> list[Problem]:
+def logicbench_problems(name: str) -> list[Problem]:
     """LogicBench(Eval) MCQA: the choices become lettered lines, the reference is a letter."""
-    problems = []
+    problems, paper = [], name.endswith("-paper")  # where a blank choice has a letter too
     for path in map(published, LOGICBENCH):
         for sample in read_json(path)["samples"]:
             choices = {key: text.strip() for key, text in sample["choices"].items()}
-            filled = [key for key, text in choices.items() if text]  # one choice is blank
-            letters = dict(zip(filled, "ABCDEFGH"))
-            lines = [f"{letter}. {choices[key]}" for key, letter in letters.items()]
-            lines = [sample["context"].strip(), sample["question"].strip(), *lines,
-                     "Answer with the letter of the right choice."]
-            problems.append(Problem("\n".join(lines), letters[sample["answer"]]))
+            shown = [key for key, text in choices.items() if text or paper]  # one choice is blank
+            letters, mark = dict(zip(shown, "ABCDEFGH")), ":" if paper else "."
+            lines = [f"{letter}{mark} {choices[key]}" for key, letter in letters.items()]
+            parts = sample["context"].strip(), sample["question"].strip(), "\n".join(lines)
+            problems.append(Problem(LOGIC_SETS[name].format(*parts), letters[sample["answer"]]))
     return problems
 
 
-def prontoqa_problems() -> list[Problem]:
+def prontoqa_problems(name: str) -> list[Problem]:
     """ProntoQA as Logic-LM published it: context and statement, the reference True or False."""
     problems = []
     for sample in json.loads(published("prontoqa_dev.json").read_text(encoding="utf-8")):
         options = dict(option.split(") ", 1) for option in sample["options"])  # "A) True"
-        question = f"{sample['context'].strip()}\n{sample['question'].strip()}"
-        question += " Answer with True or False."
-        problems.append(Problem(question, options[sample["answer"]]))
+        parts = sample["context"].strip(), sample["question"].strip()
+        problems.append(Problem(LOGIC_SETS[name].format(*parts), options[sample["answer"]]))
     return problems
 
 
-def last_boxed(solution: str) -> str | None:
-    r"""What the last \boxed{...} or \fbox{...} of a LaTeX solution holds; None if there is none."""
-    start = max(solution.rfind("\\boxed"), solution.rfind("\\fbox"))
-    if start < 0:
-        return None
-    rest = solution[start:].removeprefix("\\boxed").removeprefix("\\fbox").lstrip()
-    if not rest.startswith("{"):  # \boxed 7
-        return re.split(r"[\s$]", rest, maxsplit=1)[0].rstrip(".") or None
-    depth = 0
-    for position, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[1:position].strip()
-    return None
+def last_boxed(solution: str) -> str:
+    r"""What the last \boxed{...} or \fbox{...} of a LaTeX solution holds; blank if there is none or
+    it has more than one level of braces, which no number has."""
+    box = r"\\(?:boxed|fbox)\s*(\{(?:[^{}]|\{[^{}]*\})*\}|[^{\s$]+|)"
+    last = ["", *re.findall(box, solution)][-1]
+    return last.removeprefix("{").removesuffix("}").strip().rstrip(".")
 
 
 def is_number(answer: str) -> bool:
@@ -271,18 +294,20 @@ def training_problems(args, tokenizer, folder: Path) -> tuple[list[Problem], lis
     its own test set. Elsewhere a tenth (at most HELD_OUT) is held out, chosen by the data alone.
     """
     problems, held_out = [], []
-    for name in args.data.split(","):
-        problems += load_problems(name)
+    for name in args.data.split(","):  # one that stands twice weighs twice
+        problems += load_problems(name, "train", args.question_field, args.answer_field)
     if args.eval_every and args.data == "tiny":
         held_out = load_problems("tiny-test")
     elif args.eval_every:
-        count = min(HELD_OUT, len(problems) // 10)
+        different = {p.question: p for p in problems}  # no question is in both parts
+        count = min(HELD_OUT, len(different) // 10)
         if count == 0:
             raise ValueError("--eval-every holds out a tenth of the data, but there are only "
-                             f"{len(problems)} problems: use 0")
-        order = shuffled(len(problems), "held out")
-        held_out = [problems[i] for i in order[:count]]
-        problems = [problems[i] for i in sorted(order[count:])]
+                             f"{len(different)} different problems: use 0")
+        questions = list(different)
+        chosen = [questions[i] for i in shuffled(len(questions), "held out")[:count]]
+        held_out = [different.pop(question) for question in chosen]
+        problems = [p for p in problems if p.question in different]
 
     positions = read_json(folder / "config.json")["max_position_embeddings"]
     limit = min(args.max_prompt_tokens, positions - args.max_new_tokens)

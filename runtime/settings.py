@@ -101,7 +101,9 @@ def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
         "qwen-1.5b, qwen3-1.7b, qwen3-4b, phi-3.5-mini, gemma3-1b, smollm2-135m, or owner/name on "
         "the hub (default: tiny)")
     flag("--data", data_names, "problems: names, or JSONL files with question and answer, "
-         "separated by commas")
+         "separated by commas; one that stands twice weighs twice")
+    add("--question-field", help="of the files (default: question or problem); info.text is nested")
+    add("--answer-field", help="of the files: text, a number, a worked solution (default: answer)")
     flag("--max-prompt-tokens", positive_int, "longer prompts are skipped and counted; tokens")
     flag("--max-new-tokens", positive_int, "longest answer, stop token included; tokens")
     flag("--reward", str, "sar: R_VR + alpha R_SA; vr: R_VR alone, the plain algorithm; the others "

@@ -2,12 +2,13 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from bench import pareto, seeds
+from bench import paper, pareto, seeds
 from bench.ranking import read_gsm8k, variants
 
 EGGS = (
@@ -65,7 +66,7 @@ def test_pareto_front_by_hand():
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    for module in (pareto, seeds):
+    for module in (paper, pareto, seeds):
         monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
     return tmp_path / "runs"
 
@@ -154,3 +155,58 @@ def test_finished_runs_are_kept_unfinished_resumed_and_failures_end_the_study(ru
     with pytest.raises(ValueError, match="run bad ended with status 3: see .*bad.log"):
         seeds.run_all([("grpo", name, []) for name in ("bad", "a", "b", "c")], 1)
     assert commands == [["bad"]]
+
+
+def test_the_papers_commands_parse(runs, monkeypatch, capsys):
+    monkeypatch.setattr(paper, "PROMPT", [])  # --system and --instruction
+    paper.main(["--dry-run"])
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 4 * (1 + 2 * 9)  # models; the base's evaluation, and two of each row
+    gemma = [line for line in printed if "--model gemma3-1b --reward" in line]
+    assert [line.split()[5] for line in gemma if "--alpha 0.15" in line] == ["o1", "er"]
+
+
+def test_what_would_not_run_is_said_in_a_sentence(runs, monkeypatch, capsys):
+    monkeypatch.setattr(paper, "PROMPT", ["--nosuch", "text", "--other", "x"])
+    monkeypatch.setattr(paper, "LOGIC", ["prose"])
+    one = ["--model", "qwen3-4b", "--rows", "SA-GRPO"]
+    with pytest.raises(ValueError, match="train_sa_grpo.py has no --nosuch; train_sa_grpo.py has no"
+                       " --other; evaluate.py has no --nosuch; .*there is no data prose$"):
+        paper.main([*one, "--dry-run"])
+    with pytest.raises(ValueError, match="train_sa_grpo.py: argument --steps: must be positive"):
+        paper.main([*one, "--dry-run", "--steps", "0"])
+    with pytest.raises(ValueError, match="choose from base, GRPO, SA-GRPO"):
+        paper.main(["--rows", "TRPO"])
+    with pytest.raises(ValueError, match="which --model"):
+        paper.main([])
+
+
+def test_the_papers_runs_go_on_and_are_tabulated(runs, monkeypatch, capsys):
+    commands = []
+
+    def fake(command, **kwargs):
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(paper.subprocess, "run", fake)
+    name = "paper-qwen3-1.7b-SA-GRPO"
+    rows = ["--model", "qwen3-1.7b", "--rows", "base,SA-GRPO", "--launch", "torchrun x", "--steps"]
+    paper.main([*rows, "7"])
+    assert [command[:2] for command in commands] == [
+        [sys.executable, "evaluate.py"], ["torchrun", "x"], [sys.executable, "evaluate.py"]]
+    assert commands[1][-2:] == ["--steps", "7"]
+    (runs / name / "step_000007").mkdir(parents=True)
+    (runs / name / "config.json").write_text('{"settings": {"steps": 7}}')
+    paper.main([*rows, "7"])
+    assert commands[4] == ["torchrun", "x", "train_sa_grpo.py", "--name", name, "--resume"]
+    assert str(runs / name / "step_000007") in commands[5]
+    (runs / name / "step_000007" / "state.json").write_text("{}")
+    (runs / f"{name}-eval").mkdir()
+    figures = {data: [{"last_number": 0.1 * i, "length": 100 * i}] for i, data in
+               enumerate(paper.MATH)}
+    (runs / f"{name}-eval" / "results.json").write_text(json.dumps(figures))
+    capsys.readouterr()
+    paper.main([*rows, "7"])
+    assert len(commands) == 8  # two evaluations more
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| base |  |  |  |  |", "| SA-GRPO | 20.00 | 54.13 | 200 | 602 |"]

@@ -108,7 +108,7 @@ def test_the_flags_in_the_docs_are_those_of_the_programs(monkeypatch):
     assert missing == {"--nproc-per-node", "--standalone"}  # of torchrun
     known = set(training)
     for module in ("evaluate", "view.tokens", "view.answers", "view.curves", "bench.memory",
-                   "bench.seeds", "bench.pareto", "bench.ranking"):
+                   "bench.seeds", "bench.pareto", "bench.ranking", "bench.paper"):
         known |= flags_of(module, monkeypatch)
     torchrun = {"--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend",
                 "--rdzv-endpoint", "--max-restarts", "--shutdown-timeout"}

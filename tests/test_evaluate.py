@@ -246,7 +246,7 @@ def test_the_model_is_made_for_the_longest_sequence(folder, tmp_path, monkeypatc
 
 
 def test_long_prompts_are_skipped_and_counted(folder, tmp_path, capsys):
-    data = write_problems(tmp_path / "mixed.jsonl", QUESTION, QUESTION * 60, QUESTION)
+    data = write_problems(tmp_path / "mixed.jsonl", QUESTION, QUESTION * 60, QUESTION + "?")
     evaluate.main(["--data", data, "--name", "long"])
     printed = capsys.readouterr()
     assert "| mixed: tiny | 2 |" in printed.out and "1 of 3 prompts of mixed" in printed.err

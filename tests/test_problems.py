@@ -8,6 +8,7 @@ import json
 import os
 import random
 import string
+import sys
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import TINY
 
+import evaluate
 from data import problems
 from data.problems import Problem, batch_of, load_problems, shuffled, training_problems
 from data.prompts import encode_prompt
@@ -92,7 +94,7 @@ def test_marks_stay_where_there_is_no_gsm8k_reference(place):
         ("-3.50", "-3.5"),
         ("0.1", "0.1"),
         ("1e3", "1000"),
-        ("-0.0", "0"),
+        ("1e16", "1e+16"),
         ("1e300", "1e+300"),
         ("123456789012345678901234567890", "123456789012345678901234567890"),
         ("0", "0"),
@@ -136,7 +138,10 @@ GOOD = {"question": "q", "answer": "1"}
         ({"answer": "1"}, "question (or problem) and answer"),
         ({"prompt": "q", "response": "1"}, "'prompt', 'response'"),
         ({}, "question (or problem) and answer"),
-        ({"question": "q", "answer": None}, "question (or problem) and answer"),
+        ({"question": "q", "answer": None}, "the answer is null or missing"),
+        ({"question": None, "problem": None, "answer": "1"}, "the question is null or missing"),
+        ({"question": "q", "answer": "\x0crac{1}{2}"}, "\\\\frac"),  # JSON's reading of \frac
+        ({"question": "\x08eta", "answer": "1"}, "control character, '\\x08eta'"),
         ({"question": " \n", "answer": "1"}, "question is blank"),
         ({"question": "q", "answer": ""}, "answer is blank"),
         ({"question": "q", "answer": "worked out\n#### "}, "answer is blank"),
@@ -180,28 +185,22 @@ def test_an_empty_file(place, body):
 
 
 def test_what_is_no_file(place):
-    assert "regular file" in refusal(str(place))
-    assert "regular file" in refusal("/dev/zero")
+    assert "neither a file nor one of" in refusal(str(place))
+    assert "neither a file nor one of" in refusal("/dev/zero")
     text = refusal("nosuch.jsonl")
     assert "neither a file nor one of" in text and "gsm8k" in text
     assert "neither a file" in refusal("")
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root reads everything")
-def test_an_unreadable_file(place):
-    path = jsonl(place / "a.jsonl", GOOD)
-    os.chmod(path, 0)
-    with pytest.raises(PermissionError):
-        load_problems(path)
-
-
 def test_any_problems_survive_the_way_through_a_file(place):
     rng = random.Random()
-    alphabet = string.printable + 'äß€𝔘漢字\u2028\ufeff\\"<>#'
+    alphabet = string.printable[:-2] + 'äß€𝔘漢字\u2028\ufeff\\"<>#'
     rows = []
     while len(rows) < 300:
         question, answer = ("".join(rng.choices(alphabet, k=rng.randint(1, 60))) for _ in range(2))
-        if question.strip() and answer.strip() and "####" not in answer:
+        # an answer of several lines is a worked solution
+        answer = answer.replace("\n", " ").replace("#", "")
+        if question.strip() and answer.strip():
             rows.append({rng.choice(["question", "problem"]): question, "answer": answer})
     lines = [json.dumps(row, ensure_ascii=rng.random() < 0.5) for row in rows]
     got = load_problems(jsonl(place / "a.jsonl", *lines, end=rng.choice(["\n", "\r\n", "\n\n"])))
@@ -210,6 +209,128 @@ def test_any_problems_survive_the_way_through_a_file(place):
         for row in rows
     ]
     assert got == expected
+
+
+# ---- files as people keep them ----
+
+
+ROWS = [{"question": f"q{i}", "answer": i, "score": float("nan"), "tags": [None]} for i in range(9)]
+
+
+def as_parquet(rows: list[dict]) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow")
+    body = io.BytesIO()
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), body)
+    return body.getvalue()
+
+
+@pytest.mark.parametrize("name, body", [
+    ("a.jsonl", lambda: lines(*ROWS)),
+    ("a.json", lambda: b"\xef\xbb\xbf\n " + json.dumps(ROWS, indent=2).encode() + b"\n\n"),
+    ("a.jsonl", lambda: json.dumps(ROWS).encode()),  # an array on one line
+    ("a.jsonl.gz", lambda: gzip.compress(lines(*ROWS))),
+    ("a.json.gz", lambda: gzip.compress(json.dumps(ROWS, indent=1).encode())),
+    ("a.parquet", lambda: as_parquet(ROWS)),
+    ("a.csv", lambda: "\ufeffid,Question,Answer\r\n".encode()
+        + "".join(f'{i},"q{i}",{i}\r\n' for i in range(9)).encode()),
+])
+def test_every_kind_of_file(place, name, body, capsys):
+    (place / name).write_bytes(body())
+    assert load_problems(str(place / name)) == [Problem(f"q{i}", str(i)) for i in range(9)]
+    assert capsys.readouterr().err == f"{name}: 9 problems\n"
+
+
+def test_a_broken_file_of_every_kind_is_one_sentence(place, monkeypatch):
+    good = {"a.json": json.dumps(ROWS).encode(), "a.jsonl.gz": gzip.compress(lines(*ROWS)),
+            "a.parquet": as_parquet(ROWS), "a.csv": b'question,answer\n"q\0' + b"x" * 200_000}
+    for name, body in good.items():
+        (place / name).write_bytes(body[:-20])
+        place_of = "line" if "jsonl" in name else "row"
+        assert f"{place / name}, {place_of} " in refusal(str(place / name))
+    (place / "a.json").write_bytes(b'[{"question": "q", "answer": 1}, 7]')
+    assert "row 2 is no JSON object but a int" in refusal(str(place / "a.json"))
+    monkeypatch.setattr("data.files.MAX_BYTES", 1000)  # an endless line in a small file
+    (place / "a.jsonl.gz").write_bytes(gzip.compress(b"0" * 10**6))
+    assert "line 1 is no valid JSON" in refusal(str(place / "a.jsonl.gz"))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert "pip install pyarrow" in refusal(str(place / "a.parquet"))
+
+
+def test_null_means_absent(place):
+    joined = {"question": None, "problem": "p", "answer": "18"}
+    assert load_problems(jsonl(place / "a.jsonl", joined)) == [Problem("p", "18")]
+
+
+def test_fields_of_other_names(place, tokenizer):
+    row = {"prompt": "q", "reward_model": {"ground_truth": 7}, "extra.id": "e", "question": "no"}
+    path = jsonl(place / "a.jsonl", row)
+    fields = dict(question_field="prompt", answer_field="reward_model.ground_truth")
+    assert load_problems(path, **fields) == [Problem("q", "7")]
+    assert load_problems(path, **fields | {"question_field": "extra.id"}) == [Problem("e", "7")]
+    for field in ("reward_model.none", "prompt.x", "answer"):
+        with pytest.raises(ValueError, match="the answer is null or missing .*--answer-field"):
+            load_problems(path, answer_field=field, question_field="prompt")
+    with pytest.raises(ValueError, match="'prompt', 'reward_model', 'extra.id'"):
+        load_problems(path)
+    flags = SimpleNamespace(data=path, limit=None, max_new_tokens=9, eval_every=0, **fields,
+                            max_prompt_tokens=99, prompts_per_step=1)
+    assert evaluate.load_benchmarks(flags, [tokenizer], 99)[0] == {"a": [Problem("q", "7")]}
+    assert training_problems(flags, tokenizer, TINY) == ([Problem("q", "7")], [])
+
+
+@pytest.mark.parametrize("answer, reference", [
+    ("We add.\nSo it is \\boxed{18}.", "18"),
+    ("First 2 and 3.\nThe answer is: 3", "3"),
+    ("**Answer:** 42", "42"),
+    ("#### Step 1\n6 * 3 = 18\n#### Step 2\nso \\boxed{18}", "18"),  # headings, not GSM8K's form
+    ("6 * 3 = <<6*3=18>>18\n#### 18", "18"),
+    ("x^2", "x^2"),
+    ("the answering machine", "the answering machine"),
+])
+def test_a_worked_solution_gives_its_final_answer(place, answer, reference, capsys):
+    rows = [{"question": f"q{i}", "answer": answer} for i in range(3)]
+    path = jsonl(place / "a.jsonl", *rows, {"question": "q", "answer": "1"})
+    assert [p.answer for p in load_problems(path)] == [reference] * 3 + ["1"]
+    how = " (3 worked solutions shortened to their final answer)" if answer != reference else ""
+    assert capsys.readouterr().err == f"a.jsonl: 4 problems{how}\n"
+
+
+def test_references_that_the_verifier_cannot_read_are_counted(place, capsys):
+    answers = ["1", "Paris", "(A)", "\\frac{1}{", "x^2", "So we add\nand are done"]
+    path = jsonl(place / "a.jsonl", *({"question": "q", "answer": a} for a in answers))
+    assert [p.answer for p in load_problems(path)] == answers
+    says = f"a.jsonl: 6 problems (2 answers that the verifier cannot read, first {path}, line 4)\n"
+    assert capsys.readouterr().err == says
+
+
+def test_repeated_problems_are_merged_and_counted(place, capsys):
+    path = jsonl(place / "a.jsonl", *[GOOD, {"question": "r", "answer": "2"}] * 20,
+                 {"question": "q", "answer": "other"})
+    expected = [Problem("q", "1"), Problem("r", "2"), Problem("q", "other")]
+    assert load_problems(path) == expected  # answers that contradict one another stay
+    assert capsys.readouterr().err == "a.jsonl: 3 problems (38 repeated ones merged)\n"
+
+
+def test_no_mutated_file_ends_in_a_traceback(place):
+    rng = random.Random()
+    row = {"question": "q \\frac{1}{2}", "answer": "so\n#### 3", "info": {"a": [1.5, None, "é"]}}
+    bodies = [lines(row, GOOD), json.dumps([row, GOOD], indent=1).encode()]
+    parts = [b"\\", b'"', b"[", b"{", b"null", b"\xff", b"\x00", b"1e999", b"\\u0000", b"\n"]
+    worked = 0
+    for _ in range(500):
+        body = bytearray(rng.choice(bodies))
+        for _ in range(rng.randint(0, 3)):
+            start, width = rng.randrange(len(body)), rng.randint(0, 5)
+            body[start:start + width] = rng.choice(parts)
+        path = place / rng.choice(["a.json", "a.json", "a.json.gz", "a.csv"])
+        packed = gzip.compress(body) if path.suffix == ".gz" else bytes(body)
+        path.write_bytes(packed[:rng.randint(1, len(packed))] if rng.random() < 0.2 else packed)
+        field = rng.choice([None] * 9 + ["info.a"])
+        try:
+            worked += len(load_problems(path, question_field=field)) > 0
+        except ValueError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error), body
+    assert worked > 20
 
 
 # ---- answers of published solutions ----
@@ -221,13 +342,14 @@ def test_any_problems_survive_the_way_through_a_file(place):
         (r"So $x = \boxed{5}$.", "5"),
         (r"First \boxed{1}, then $\boxed{\frac{2}{3}}$.", r"\frac{2}{3}"),
         (r"\boxed{\left( 3, \frac{\pi}{2} \right)}", r"\left( 3, \frac{\pi}{2} \right)"),
+        (r"\boxed{1}, no: \boxed{\frac{\sqrt{2}}{2}}", ""),  # too deep for a number
         (r"thus \fbox{7}", "7"),
         (r"thus $\boxed 7$.", "7"),
         (r"is \boxed  {8 }", "8"),
-        (r"no box", None),
-        (r"broken \boxed{1 {2}", None),
-        ("", None),
-        (r"\boxed", None),
+        (r"no box", ""),
+        (r"broken \boxed{1 {2}", ""),
+        ("", ""),
+        (r"\boxed", ""),
     ],
 )
 def test_last_boxed(solution, answer):
@@ -305,7 +427,7 @@ def test_gsm8k_splits(publish, capsys):
         == load_problems("gsm8k-test")
         == [Problem("b", "2,000"), Problem("c", "3")]
     )
-    assert "gsm8k test: 2 problems" in capsys.readouterr().err
+    assert "gsm8k-test: 2 problems (2 worked solutions" in capsys.readouterr().err
     assert "'train' or 'test'" in refusal("gsm8k", "dev")
 
 
@@ -342,6 +464,14 @@ def test_aime_and_amc_numbers(publish):
     assert [p.answer for p in load_problems("amc23")] == ["27", "-1"]
 
 
+def test_aime_of_all_years_is_a_table(publish):
+    head = "ID,Year,Problem Number,Question,Answer,Part\r\n"
+    row = '2000-I-1,2000,1,"Find $n$, with ""0""\nin it.",8,I\r\n'
+    publish("aime_1983_2024.csv", f"{head}1983-1,1983,1,What is $w$?,60,\r\n{row}".encode())
+    assert load_problems("aime") == [Problem("What is $w$?", "60"),
+                                     Problem('Find $n$, with "0"\nin it.', "8")]
+
+
 def test_math_archive(publish, capsys):
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w") as archive:
@@ -376,10 +506,15 @@ def test_math_archive(publish, capsys):
     assert load_problems("math", "test") == [Problem("t1", "1")]
 
 
-def test_numina(publish, place, capsys, monkeypatch):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    rng = random.Random()
+def files_of(name: str) -> list[str]:
+    return [file for file in problems.PUBLISHED if file.startswith(problems.WORD_SETS[name])]
+
+
+@pytest.mark.parametrize("name", ["openr1", "numina"])
+def test_word_problems_of_openr1_and_numina(publish, capsys, name):
+    rng, files = random.Random(), files_of(name)
+    judged = {"numina": {"problem_is_valid": "Yes", "solution_is_valid": "Yes"},
+              "openr1": {"correctness_math_verify": [False, True], "generations": ["r", "s"]}}
 
     def row(**changes):
         return {
@@ -388,42 +523,40 @@ def test_numina(publish, place, capsys, monkeypatch):
             "answer": str(rng.randint(0, 99)),
             "problem_type": "Algebra",
             "question_type": "math-word-problem",
-            "problem_is_valid": "Yes",
-            "solution_is_valid": "Yes",
             "source": "olympiads",
-            "synthetic": False,
-        } | changes
+        } | judged[name] | changes
 
+    invalid = {"numina": [{"problem_is_valid": "Incomplete"}, {"solution_is_valid": "No"}],
+               "openr1": [{"correctness_math_verify": [False, False]},
+                          {"correctness_math_verify": None}]}
     good = [row() for _ in range(200)]
     bad = [
+        *(row(**changes) for changes in invalid[name]),
         row(question_type="MCQ"),
-        row(problem_is_valid="Incomplete"),
-        row(solution_is_valid="No"),
         row(answer="proof"),
         row(answer=None),
         row(answer="x=1"),
+        row(answer="1" * 21),
         row(problem="see http://x"),
         row(solution="http"),
         row(problem=None),
-        row(problem=good[0]["problem"]),
     ]
-    rows = good + bad
+    rows = good + bad + [row(problem=good[0]["problem"], answer="100"), good[1]]
     rng.shuffle(rows)
-    for i, name in enumerate(problems.NUMINA):
-        body = io.BytesIO()
-        parquet.write_table(pyarrow.Table.from_pylist(rows[i::3]), body)
-        publish(name, body.getvalue())
-    train, test = load_problems("numina"), load_problems("numina", "test")
-    assert (len(train), len(test)) == (184, 16) and load_problems("numina") == train
+    for i, file in enumerate(files):
+        publish(file, as_parquet(rows[i::len(files)]))
+    train, test = load_problems(name), load_problems(name, "test")
+    assert (len(train), len(test)) == (184, 16) and load_problems(f"{name}-train") == train
     assert {p.question for p in train + test} == {r["problem"] for r in good}
-    assert "200 of 210 are different valid word problems" in capsys.readouterr().err
+    told = "202 of 212 are valid word problems with a numeric answer, 2 repeated ones merged"
+    assert f"{name} train: 184 problems ({told})" in capsys.readouterr().err
 
 
 def test_numina_names_pyarrow_where_it_is_missing(publish, monkeypatch):
-    for name in problems.NUMINA:
+    for name in files_of("numina"):
         publish(name, b"PAR1")
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert "pip install pyarrow" in refusal("numina")
 
 
@@ -445,16 +578,21 @@ def test_logicbench_choices_become_letters(publish):
         "answer": "choice_1",
         "choices": {"choice_1": "yes", "choice_2": "no"},
     }
-    for axiom in problems.LOGICBENCH:
-        publish(axiom, json.dumps({"samples": [sample, other]}).encode())
+    for i, axiom in enumerate(problems.LOGICBENCH):
+        samples = [sample | {"context": f"If it rains, it pours{'!' * i}. "}, other]
+        publish(axiom, json.dumps({"samples": samples}).encode())
     got = load_problems("logicbench")
-    assert len(got) == 2 * len(problems.LOGICBENCH) == 50
+    assert len(got) == len(problems.LOGICBENCH) + 1 == 26  # `other` stands in every file
     assert got[0] == Problem(
         "If it rains, it pours.\nWhat follows?\nA. nothing\nB. it pours\nC. it snows\n"
         "Answer with the letter of the right choice.",
         "B",
     )
     assert got[1].answer == "A"
+    paper = load_problems("logicbench-paper")[0]  # a blank choice keeps its letter
+    assert paper.question == ("If it rains, it pours.\nWhat follows? Choose from the following "
+                              "answers:\nA: \nB: nothing\nC: it pours\nD: it snows")
+    assert paper.answer == "C"
 
 
 def test_prontoqa_answers_become_true_and_false(publish):
@@ -468,11 +606,14 @@ def test_prontoqa_answers_become_true_and_false(publish):
     publish(
         "prontoqa_dev.json",
         json.dumps(
-            [sample, sample | {"answer": "B"}, sample | {"options": ["A) False", "B) True"]}]
+            [sample, sample | {"answer": "B"},
+             sample | {"context": "No.", "options": ["A) False", "B) True"]}]
         ).encode(),
     )
     got = load_problems("prontoqa")
     assert [p.answer for p in got] == ["True", "False", "False"]
+    paper = load_problems("prontoqa-paper")[0]
+    assert paper == Problem("Cats purr. Is it true? Cats purr.", "True")
     assert got[0].question == "Cats purr.\nIs it true? Cats purr. Answer with True or False."
 
 
@@ -481,7 +622,7 @@ def test_prontoqa_answers_become_true_and_false(publish):
 
 def training(tokenizer, data: str, **changes):
     settings = dict(data=data, max_prompt_tokens=128, max_new_tokens=256, eval_every=1,
-                    prompts_per_step=4)
+                    prompts_per_step=4, question_field=None, answer_field=None)
     return training_problems(SimpleNamespace(**settings | changes), tokenizer, TINY)
 
 
@@ -503,18 +644,30 @@ def test_a_tenth_is_held_out_chosen_by_the_data_alone(tokenizer, place, monkeypa
     monkeypatch.setattr(problems, "HELD_OUT", 0)
     with pytest.raises(ValueError, match="holds out a tenth"):
         training(tokenizer, ",".join(paths))
-    with pytest.raises(ValueError, match="only 5 problems: use 0"):
+    with pytest.raises(ValueError, match="only 5 different problems: use 0"):
         training(tokenizer, paths[0])
 
 
+def test_no_held_out_question_is_trained_on_and_data_may_weigh_twice(tokenizer, place):
+    a, b = (jsonl(place / f"{name}.jsonl", *[
+        {"question": f"{name}{i}", "answer": i} for i in range(20)] * 20) for name in "ab")
+    kept, held_out = training(tokenizer, f"{a},{a},{b}")
+    asked = {p.question for p in held_out}
+    assert len(held_out) == len(asked) == 4
+    assert not asked & {p.question for p in kept}
+    for name, times in (("a", 2), ("b", 1)):
+        left = 20 - sum(question[0] == name for question in asked)
+        assert sum(p.question[0] == name for p in kept) == times * left
+
+
 def test_long_prompts_are_skipped_and_counted_never_cut(tokenizer, place, capsys):
-    short, long = "Tom Tom Tom", "Tom Tom Tom Tom"  # the longer one by a token
-    limit = len(encode_prompt(tokenizer, short))
-    rows = [{"question": short if i % 3 else long, "answer": i} for i in range(60)]
+    short, long = "Tom Tom Tom", "Tom" + " Tom" * 12
+    rows = [{"question": f"{short if i % 3 else long} {i:02}", "answer": i} for i in range(60)]
+    limit = max(len(encode_prompt(tokenizer, r["question"])) for r in rows if r["answer"] % 3)
     path = jsonl(place / "a.jsonl", *rows)
     kept, held_out = training(tokenizer, path, max_prompt_tokens=limit)
-    said = capsys.readouterr().err.splitlines()
-    assert {p.question for p in kept + held_out} == {short}
+    _, *said = capsys.readouterr().err.splitlines()
+    assert not [p for p in kept + held_out if p.question.startswith(long)]
     assert len(kept) + len(held_out) == 40
     counts = f"{54 - len(kept)} of 54 prompts", f"{6 - len(held_out)} of 6 held-out prompts"
     assert said == [f"note: {c} are longer than {limit} tokens and are skipped" for c in counts]
@@ -529,7 +682,8 @@ def test_long_prompts_are_skipped_and_counted_never_cut(tokenizer, place, capsys
     (dict(prompts_per_step=10), r"--prompts-per-step 10 is more than the 9 problems of"),
 ])
 def test_data_that_cannot_be_trained_on(tokenizer, place, changes, says):
-    path = jsonl(place / "a.jsonl", *[{"question": "Tom has a cup.", "answer": 1}] * 10)
+    rows = [{"question": "Tom has a cup." + "?" * i, "answer": 1} for i in range(10)]
+    path = jsonl(place / "a.jsonl", *rows)
     with pytest.raises(ValueError, match=says):
         training(tokenizer, path, **changes)
 
@@ -653,9 +807,10 @@ def test_the_published_files(monkeypatch, capsys):
     }
     sets = {name: load_problems(name, "test") for name in counts}
     assert {name: len(found) for name, found in sets.items()} == counts
-    labels = {"gsm8k-train": "gsm8k train", "gsm8k": "gsm8k test"}
-    said = [f"{labels.get(name, name)}: {count} problems" for name, count in counts.items()]
-    assert capsys.readouterr().err.splitlines() == said
+    told = capsys.readouterr().err
+    for name, count in counts.items():
+        assert f"{'gsm8k-test' if name == 'gsm8k' else name}: {count} problems" in told
+    assert "merged" not in told and "cannot read" not in told
     for problem in itertools.chain(*sets.values()):
         assert problem.question == problem.question.strip()
         assert problem.answer and "####" not in problem.answer and "<<" not in problem.answer
@@ -674,5 +829,9 @@ def test_the_published_files(monkeypatch, capsys):
     assert {p.answer for p in sets["prontoqa"]} == {"True", "False"}
     for problem in sets["logicbench"]:
         assert f"\n{problem.answer}. " in problem.question
-    solved = rows("math500_test")
-    assert all(problems.last_boxed(row["solution"]) == row["answer"] for row in solved)
+    for row in rows("math500_test"):
+        boxed = problems.last_boxed(row["solution"])
+        if problems.is_number(row["answer"]):
+            assert boxed == row["answer"].rstrip(".")
+        else:
+            assert not problems.is_number(boxed)

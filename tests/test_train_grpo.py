@@ -422,21 +422,23 @@ def test_bad_data(runs, capsys, tmp_path):
     def trouble(text, *argv):
         data.write_text(text)
         return fails(capsys, "--data", data, *argv)
-    good = '{"question": "Tom has 3 cups. How many?", "answer": "3"}\n'
-    assert f"{data}" in (message := trouble(good * 4 + "{broken\n")) and "5" in message
+    good = [f'{{"question": "Tom has {k} cups. How many?", "answer": "{k}"}}\n' for k in range(4)]
+    message = trouble("".join(good) + "{broken\n")
+    assert f"{data}, line 5" in message
     message = trouble('{"prompt": "x", "completion": "y"}\n')
     assert "question" in message and "problem" in message and "answer" in message
     assert str(data) in trouble("")
-    message = trouble(good * 4, "--max-prompt-tokens", 2)
+    message = trouble("".join(good), "--max-prompt-tokens", 2)
     assert "all 4 prompts are longer than --max-prompt-tokens 2" in message
-    assert "more than the 3 problems" in trouble(good * 3)
+    assert "more than the 3 problems" in trouble("".join(good[:3]))
     assert "missing.jsonl" in fails(capsys, "--data", tmp_path / "missing.jsonl")
 
 
 def test_holding_out_after_the_fact_is_refused(runs, capsys, tmp_path):
     data = tmp_path / "data.jsonl"
-    question = "Tom has 3 cups. Tom finds 4 more. How many cups does Tom have now?"
-    data.write_text((json.dumps({"question": question, "answer": "7"}) + "\n") * 40)
+    question = "Tom has 3 cups. Tom finds {} more. How many cups does Tom have now?"
+    rows = [{"question": question.format(k), "answer": 3 + k} for k in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     train("--data", data, "--steps", 1, "--name", "late")
     with pytest.raises(ValueError, match="--eval-every was 0, now 1"):
         train_sa_grpo.main(["--name", "late", "--resume", "--eval-every", "1"])
