@@ -190,7 +190,8 @@ def extract_answer(response: str) -> str | None:
     if ours and (marker is None or ours.end() >= marker.start()):
         before = text[max(0, ours.start() - 300):ours.start()]
         value = _last(_BOLD, before) or _last(_VALUE, before)
-        return _trim(value[0]) if value and value.end() == len(before) else None
+        if value and value.end() == len(before):
+            return _trim(value[0])
     if marker:
         return _statement(text[marker.end():marker.end() + 2 * MAX_ANSWER]) or None
     if hashes := _last(_HASHES, text):
@@ -202,7 +203,6 @@ def extract_answer(response: str) -> str | None:
     return _trim(bare) or None
 
 def _last(pattern, text):
-    """The last match, or None."""
     found = None
     for found in pattern.finditer(text):  # noqa: B007
         pass
@@ -245,6 +245,8 @@ def _statement(text):
     formula = re.match(_FORMULA, window, re.S)
     if formula and formula[0].strip("$()[]\\ \n"):
         return _trim(formula[0])
+    if not formula and re.match(r"\$\$|\\[\[(]|\$\\", window):     # cut off
+        return ""
     line = _PREFACE.sub("", _CALCULATION.sub("", re.split(r"[\r\n]", window, maxsplit=1)[0]))
     end, reason = _SENTENCE_END.search(line), _REASON.search(line)
     sentence = line[:end.start()] if end else line
@@ -553,12 +555,10 @@ class _Parser:
         return token
 
     def taken(self, token, needed=False):
-        """Is this the next token? Then it is taken."""
         _need(self.token == token or not needed)
         return self.token == token and bool(self.next())
 
     def answer(self):
-        """The whole text."""
         items = self.items(_JOINERS)
         _need(not self.token)
         both = set(self.tokens).intersection(_JOINERS) == {"and"} and all(map(_is_region, items))

@@ -94,6 +94,8 @@ EXTRACT = [
     ("The answer is 64, in total, so that is it.", "64"), ("Answer 64", "64"),
     ("Answer $64$", "64"), ("Answer seems to be A.", "A"), ("Answer: I think it is C", "C"),
     ("Thus $x <= 6$ is our answer.", "x<=6"), ("So **12** is the final answer.", "12"),
+    ("So the answer is $\\frac{180}{", None), ("Answer: \\(x = ", None),
+    ("The final answer is: $2i$ This is the final answer within \\boxed{}.", "2i"),
     ("The answer is:\n- 6", "6"), ("The answer to the second part is 12.", "12"),
     ("Answer: Mr. Lee needs 4 x 4 = <<4*4=16>>16 tiles", "16"), ("Answer: 2 + 2 = 5 pens", "5"),
     ("The answer is: If 3 are lost, he has 5 - 3 = 2 hats left", "2"),
