@@ -34,7 +34,7 @@ from data.tokenizer import Tokenizer
 from kernels import keep_freed_memory
 from model import GPT
 from runtime import errors, parallel, runs, settings
-from verify import judge
+from verify import VERIFIERS
 
 COLUMNS = {  # of a table: the head, and how a cell is written
     "model": "{name}", "problems": "{problems}",
@@ -48,6 +48,8 @@ COLUMNS = {  # of a table: the head, and how a cell is written
 
 def answer(model, tokenizer, problems: list, args) -> list[dict]:
     """--samples answers to each problem, adjacent, as BENCHMARK.jsonl has them."""
+    judge, last_number = map(settings.judge_of, (
+        "strict" if args.verifier in VERIFIERS else args.verifier, "last-number"))
     different = {p.question: p for p in problems}  # a question asked twice gets the same answers
     drawn = parallel.sample(model, tokenizer, list(different.values()), args, args.seed)
     first = {question: i * args.samples for i, question in enumerate(different)}
@@ -55,8 +57,7 @@ def answer(model, tokenizer, problems: list, args) -> list[dict]:
     for problem in problems:
         start = first[problem.question]
         for a in drawn[start:start + args.samples]:
-            strict = judge(a.text, problem.answer, "strict")
-            last = judge(a.text, problem.answer, "last-number")
+            strict, last = (rule(a.text, problem.answer) for rule in (judge, last_number))
             rows.append({"question": problem.question, "text": a.text, "tokens": a.tokens,
                          "reference": problem.answer, "finished": a.finished,
                          "answer": strict.answer, "status": strict.status,
@@ -148,6 +149,8 @@ def main(argv: list[str] | None = None):
     flag("--data", type=settings.data_names, default="tiny", help=f"JSONL files, {','.join(NAMES)}")
     flag("--question-field", help="as in training")
     flag("--answer-field", help="as in training")
+    flag("--verifier", type=settings.verifier_name, default="strict", help="as in training; the "
+         "last number is counted beside it")
     flag("--limit", type=positive, help="problems of each benchmark, evenly spaced (default: all)")
     flag("--samples", type=positive, default=1, help="answers to each problem (default: 1)")
     flag("--temperature", type=settings.not_negative, default=0.0, help="default: 0, greedy")
@@ -185,9 +188,9 @@ def main(argv: list[str] | None = None):
             if [r["question"] for r in rows[::args.samples]] != [p.question for p in found]:
                 raise ValueError(f"{path} answers other problems: choose another --name")
             result = {"model": names[prefix], "skipped": skipped[benchmark]}
-            result |= summarise(rows, args.samples)
+            result |= summarise(rows, args.samples, args.verifier)
             if result["errors"]:
-                runs.say(f"verify.py failed on {result['errors']} answers to {benchmark}")
+                runs.say(f"{result['errors']} answers to {benchmark} ended in a verifier's error")
             for other in tables[benchmark].values():
                 result |= {"aes": aes(result, other), "aes_3": aes(result, other, gain=3)}
             short = "/".join(Path(names[prefix]).parts[-2:])

@@ -29,7 +29,6 @@ from runtime import parallel, runs, settings
 from runtime.errors import user_errors
 from runtime.parallel import concat
 from sar import alpha_at, self_aligned_reward, total_reward
-from verify import judge
 
 PAPER = dict(  # the paper and its public code
     data="gsm8k,math,openr1",
@@ -114,6 +113,7 @@ def main(argv: list[str] | None = None):
     folder = find_model(args.model)
     tokenizer = Tokenizer.from_pretrained(folder)
     problems, held_out = training_problems(args, tokenizer, folder)
+    judge = settings.judge_of(args.verifier)
     no_question = encode_prompt(tokenizer, "")  # what ppl(a) is conditioned on
     run = runs.Run(args, "grpo", folder)
     place = dict(device=args.device, shard=parallel.sharding(args),
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None):
             given, alone = start, parallel.score(frozen, [no_question] * len(answers), tokens, args)
 
         # 3. reward, and its advantage within the group
-        verdicts = [judge(a.text, a.problem.answer, args.verifier) for a in answers]
+        verdicts = [judge(a.text, a.problem.answer) for a in answers]
         r_vr = torch.tensor([v.reward for v in verdicts]).double()  # (N,)
         r_sa = self_aligned_reward(given, alone)  # (N,)
         alpha = alpha_at(step, args.steps, args.alpha, args.alpha_end)

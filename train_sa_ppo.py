@@ -30,7 +30,6 @@ from runtime import parallel, runs, settings
 from runtime.errors import user_errors
 from runtime.parallel import concat
 from sar import alpha_at, self_aligned_reward, token_values, total_reward
-from verify import judge
 
 PAPER = dict(  # the paper and its public code
     data="gsm8k,math,openr1",
@@ -169,6 +168,7 @@ def main(argv: list[str] | None = None):
     folder = find_model(args.model)
     tokenizer = Tokenizer.from_pretrained(folder)
     problems, held_out = training_problems(args, tokenizer, folder)
+    judge = settings.judge_of(args.verifier)
     no_question = encode_prompt(tokenizer, "")  # what ppl(a) is conditioned on
     run = runs.Run(args, "ppo", folder, models=2)
     place = dict(device=args.device, shard=parallel.sharding(args),
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None):
         values = parallel.score(critic, prompts, tokens, args, critic.value)  # (len(a),) each
 
         # 3. reward at the last token; advantages by GAE, whitened over the batch
-        verdicts = [judge(a.text, a.problem.answer, args.verifier) for a in answers]
+        verdicts = [judge(a.text, a.problem.answer) for a in answers]
         r_vr = torch.tensor([v.reward for v in verdicts]).double()  # (N,)
         r_sa = self_aligned_reward(given, alone)  # (N,)
         alpha = alpha_at(step, args.steps, args.alpha, args.alpha_end)

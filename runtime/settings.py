@@ -4,9 +4,12 @@ A flag is declared once, with its unit and source. Its default stands in the PAP
 dictionaries of the script: TINY for the embedded model, PAPER for every other model.
 """
 import argparse
+import functools
 import math
 import os
+import runpy
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -14,7 +17,7 @@ import torch
 from data.files import read_json
 from runtime import parallel, runs
 from sar import GROUP_REWARDS, REWARDS
-from verify import VERIFIERS
+from verify import STATUSES, VERIFIERS, Verdict, judge
 
 OLD_FLAGS = {
     "--n": "is now called --samples",
@@ -89,6 +92,48 @@ def data_names(text: str) -> str:
     return ",".join(names)
 
 
+def verifier_name(text: str) -> str:
+    """One of VERIFIERS, or a Python file as an absolute path."""
+    path = Path(text).expanduser()
+    if text not in VERIFIERS and not (path.suffix == ".py" and path.is_file()):
+        raise argparse.ArgumentTypeError(f"must be {', '.join(VERIFIERS)} or a file my_task.py, "
+                                         f"got {text}")
+    return text if text in VERIFIERS else str(path.resolve())
+
+
+def judge_of(verifier: str):
+    """The function (response, reference) -> Verdict: verify.py's rules, or a file's own judge.
+
+    That one may return a number, the reward. An exception in it has the status "error"; the first
+    one is shown. Raises ValueError if the file has no judge.
+    """
+    if verifier in VERIFIERS:
+        return functools.partial(judge, verifier=verifier)
+    try:
+        own = runpy.run_path(verifier)["judge"]
+    except Exception as error:  # whatever that file does
+        raise ValueError(f"--verifier {verifier} gives no judge(response, reference): "
+                         f"{type(error).__name__}: {error}") from None
+    failures = []
+
+    def judged(response: str, reference: str) -> Verdict:
+        try:
+            verdict = own(response, reference)
+            if not isinstance(verdict, Verdict):
+                verdict = Verdict(float(verdict), None, "correct" if verdict > 0 else "wrong")
+            if not math.isfinite(verdict.reward) or verdict.status not in STATUSES:
+                raise ValueError(f"it returned {verdict}")
+            return verdict
+        except Exception:  # must not look like a wrong answer
+            if not failures:
+                runs.say(f"{verifier} failed, and answers like this one count as errors: "
+                         f"{response!r:.300}\n{traceback.format_exc()}")
+            failures.append(response)
+            return Verdict(0.0, None, "error")
+
+    return judged
+
+
 # ---- the training scripts ----
 
 
@@ -114,8 +159,8 @@ def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
         "straight line (default: --alpha throughout, cde: 0)")
     flag("--score-with", str, "whose perplexities are rewarded: the policy's, or those of the "
          "frozen start, which stands still", choices=("policy", "frozen"))
-    flag("--verifier", str, "what counts as the answer: the rules of verify.py, or the last number "
-         "in the text (the paper's rule)", choices=VERIFIERS)
+    flag("--verifier", verifier_name, "what counts as right: strict, the rules of verify.py; "
+         "last-number, the paper's; or my_task.py with your judge(response, reference)")
     flag("--steps", positive_int, "batches of sampled answers to train on")
     flag("--prompts-per-step", positive_int, "questions in such a batch")
     flag("--samples", positive_int, "answers sampled for each question")

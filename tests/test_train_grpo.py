@@ -18,7 +18,7 @@ import train_sa_grpo
 import train_sa_ppo
 from data.prompts import encode_prompt
 from data.tokenizer import Tokenizer
-from runtime import parallel
+from runtime import parallel, settings
 from runtime import runs as runs_module
 from runtime.errors import user_errors
 from sar import REWARDS, answer_logprobs, self_aligned_reward, total_reward
@@ -242,14 +242,37 @@ def test_the_frozen_start_may_score(runs, model):
 
 
 def test_the_verifier_is_the_one_asked_for(runs, monkeypatch):
-    seen, judge = set(), train_sa_grpo.judge
+    seen, judge = set(), settings.judge
 
     def spy(text, reference, verifier):
         seen.add(verifier)
         return judge(text, reference, verifier)
-    monkeypatch.setattr(train_sa_grpo, "judge", spy)
-    train("--name", "rule", "--steps", 1, "--verifier", "last-number")
+    monkeypatch.setattr(settings, "judge", spy)
+    train("--name", "rule", "--steps", 1, "--verifier", "last-number", "--eval-every", 0)
     assert seen == {"last-number"}
+
+
+def test_a_verifier_of_ones_own(runs, tmp_path, capsys):
+    """Its reward counts; its exceptions are errors, the first with its traceback, never zeros."""
+    task = tmp_path / "my_task.py"
+    task.write_text("def judge(response, reference):\n    if reference == '9':\n        "
+                    "raise KeyError('mine')\n    return len(response) % 2 / 4\n")
+    data = tmp_path / "data.jsonl"
+    rows = [{"question": f"{n - 1} + 1?", "answer": n} for n in range(6, 10)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train("--name", "own", "--steps", 2, "--verifier", task, "--data", data, "--eval-every", 0,
+          "--prompts-per-step", 4)
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("KeyError: 'mine'") == 1
+    for answer in lines(runs / "own" / "completions.jsonl"):
+        failed = answer["reference"] == "9"
+        assert answer["status"] == "error" if failed else answer["status"] in ("correct", "wrong")
+        assert answer["r_vr"] == (0 if failed else len(answer["text"]) % 2 / 4)
+    assert lines(runs / "own" / "metrics.jsonl")[0]["share_error"] == 0.25
+    for content in ("x = 1", "import nothing_of_the_kind", "def judge(:"):
+        task.write_text(content)
+        with pytest.raises(ValueError, match="gives no judge"):
+            settings.judge_of(str(task))
 
 
 def test_alpha_zero_is_plain_grpo_bit_for_bit(runs):
