@@ -6,6 +6,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 def one_line(error: BaseException) -> str:
     """An error's text on one line, at most 300 characters."""
@@ -48,3 +53,12 @@ def write_atomically(path: Path, text: str):
     scratch = path.with_name(path.name + ".new")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
+
+
+def lock(file, wait: bool = True):
+    """Lock an open file until it is closed or this process ends, be it by kill -9. Raises
+    BlockingIOError if another has it and this one should not wait, OSError if there are no locks.
+    """
+    if fcntl is None:
+        raise OSError("the system has no file locks")
+    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from model import GPT
 from rollout import generate
 from verify import Verdict
 
+PATIENCE = 30  # seconds that a process waits in silence for the others
 store = None  # torchrun's key-value store: small values that the processes share by name
 store_calls = itertools.count()  # numbers the uses of the store, alike in every process
 
@@ -51,10 +53,16 @@ def join_processes():
     global store
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
+    said = [f"{key}={os.environ.get(key)}" for key in ("WORLD_SIZE", "RANK", "MASTER_ADDR")]
+    waits = f"note: waiting for the other processes of {' '.join(said)}; to run one, unset these"
+    slow = threading.Timer(PATIENCE, print, [waits], {"file": sys.stderr})
+    slow.daemon = True
+    slow.start()
     store, rank, world = next(dist.rendezvous("env://"))
     store = fresh_namespace(store, rank, world)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    slow.cancel()
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     if rank > 0:
         sys.stdout = sys.stderr = io.StringIO()

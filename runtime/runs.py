@@ -8,7 +8,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import signal
 import subprocess
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from data.files import open_tensors, read_json, write_atomically
+from data.files import lock, open_tensors, read_json, write_atomically
 from model import GPT, GPTConfig
 from runtime.parallel import Answer, Means, all_gather, from_rank_0, own_rows, processes, reshard
 from sar import perplexity
@@ -51,6 +50,10 @@ def peak_memory(device: str) -> float:
     """The highest memory so far in GB: of the GPU where there is one, else of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -110,7 +113,9 @@ class Run:
         args.name = args.name or from_rank_0(lambda: name)
         self.args, self.folder, self.step = args, RUNS / args.name, 0
         self.checkpoint: Path | None = None  # the newest that can be resumed
-        self.stop_signal: int | None = None
+        self.logs = {}
+        self.stop_signal = self.stopping = None
+        self.unsaved, self.early, self.logs = False, [], {}
         self.is_main = processes()[0] == 0
         if self.is_main:
             with torch.device("meta"):
@@ -130,6 +135,8 @@ class Run:
 
     def prepare(self, algorithm: str, parameters: int):
         """Make the folder, or find the checkpoint to resume from and cut the logs back to it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.hold()
         path, here = self.folder / "config.json", provenance(self.args.device)
         config = {"algorithm": algorithm, "settings": vars(self.args) | {"resume": False}, **here}
         if self.args.resume:
@@ -145,15 +152,30 @@ class Run:
         elif path.exists():
             raise ValueError(f"{self.folder} already holds a run: go on with it by --resume, or "
                              "choose another --name")
-        self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
-        needed = parameters * 3 * 4  # float32 weights and AdamW's two moments
-        if free < needed:
+        size = parameters * 3 * 4  # float32 weights and AdamW's two moments
+        if free < (size if self.checkpoint else 2 * size):
             raise ValueError(f"{self.folder} has {free / 1e9:.2f} GB free, but a checkpoint takes "
-                             f"{needed / 1e9:.2f} GB: free some space, or set SA_RUNS to a folder "
-                             "on a larger disk")
+                             f"{size / 1e9:.2f} GB and the next one is whole before it goes: free "
+                             "some space, or set SA_RUNS to a folder on a larger disk")
         write_atomically(path, json.dumps(config, indent=2))
-        self.logs = {name: open(self.folder / name, "a", encoding="utf-8") for name in LOGS}
+        for name in LOGS:
+            self.logs[name] = open(self.folder / name, "a", encoding="utf-8", newline="\n")
+
+    def hold(self):
+        """Keep other jobs out until this process ends, be it by kill -9, or has another run."""
+        path = self.folder / "lock"
+        Run.held = open(path, "a", encoding="utf-8")  # of the class: the run before lets go
+        try:
+            lock(Run.held, wait=False)
+        except BlockingIOError:
+            raise ValueError(f"{self.folder} is in use by {path.read_text('utf-8')}: wait until it "
+                             "ends, or choose another --name") from None
+        except OSError as error:
+            say(f"{self.folder} is not locked ({error}): start no other job with this --name")
+        Run.held.truncate(0)
+        Run.held.write(f"process {os.getpid()} on {platform.node()} since {time.ctime()}")
+        Run.held.flush()
 
     def rewind(self):
         """Take up the newest checkpoint, if there is one, and drop what was logged after it."""
@@ -168,14 +190,25 @@ class Run:
             say(f"{self.folder} has no checkpoint yet: starting at the first step")
         self.step = state["step"]
         for name, size in state["log_bytes"].items():
-            if (self.folder / name).exists():
-                os.truncate(self.folder / name, size)
+            path = self.folder / name
+            with open(path, "ab+") as log:
+                found = log.tell()
+                log.seek(max(size - 1, 0))
+                if found and size and log.read(1) != b"\n":
+                    raise ValueError(f"{path} was changed: no line ends at byte {size}, where step "
+                                     f"{self.step} did; put it back, or move it away")
+                log.truncate(min(size, found))
+            if found != size:
+                say(f"{path} has {found} bytes, {size} after step {self.step}: it is cut to these, "
+                    "or begins anew")
 
     def on_signal(self, number, frame):
-        if self.stop_signal is not None:  # the second time: at once
+        at_once = self.stop_signal is not None or not self.unsaved  # as in an evaluation
+        how = "finishing this step, then saving (again to stop now)"
+        say(f"{signal.Signals(number).name}: {'--resume goes on' if at_once else how}")
+        if at_once:
             raise SystemExit(128 + number)
         self.stop_signal = number
-        say(f"{signal.Signals(number).name}: finishing this step, then saving (again to stop now)")
 
     def steps(self, title: str) -> Iterator[int]:
         """The steps that are left, with a bar; ends after the step in which a signal came."""
@@ -183,7 +216,7 @@ class Run:
         self.bar = tqdm(range(first, total), initial=first, total=total, desc=title)
         for step in self.bar:
             self.seconds, self.lap_start = {}, time.perf_counter()
-            self.stopping = None
+            self.unsaved = True
             yield step
             if self.stopping:
                 break
@@ -221,14 +254,28 @@ class Run:
         self.log("metrics.jsonl", {"step": self.step} | metrics)
         for answer in answers:
             self.log("completions.jsonl", record(answer, self.step))
+        self.look_out(answers, metrics["unfinished"])
         rate = metrics["tokens"] / sum(self.seconds.values())
         self.bar.set_postfix(reward=f"{metrics['reward']:.3f}", acc=f"{metrics['accuracy']:.2f}",
                              len=f"{metrics['length_mean']:.0f}", tok_s=f"{rate:.0f}")
 
+    def look_out(self, answers: list[Answer], unfinished: float):
+        """Say after five steps what would make the others useless."""
+        self.early.append((unfinished, any(a.advantage.any() for a in answers)))
+        if len(self.early) == 5:
+            unfinished, signals = map(sum, zip(*self.early))
+            look = f"after five steps: look at {self.folder / 'completions.jsonl'}; "
+            if unfinished > 0.9 * 5:
+                say(f"more than 90 % of the answers are unfinished {look}is --max-new-tokens too "
+                    "low, or the stop token another one?")
+            if not signals:
+                say(f"no group has any signal {look}are the problems too easy or too hard, or can "
+                    "the verifier not read the answers or the references?")
+
     def evaluation_due(self) -> bool:
-        """Whether --eval-every asks for an evaluation now."""
-        every = self.args.eval_every
-        return every > 0 and (self.step % every == 0 or self.step == self.args.steps)
+        """Whether --eval-every asks for an evaluation now: before step 1, or just after a save."""
+        every, last = self.args.eval_every, self.step == self.args.steps
+        return every > 0 and not self.stopping and (last or self.step % every == 0)
 
     def checkpoint_due(self) -> bool:
         """Whether to save now. A collective: a signal to one process stops all of them.
@@ -241,7 +288,8 @@ class Run:
             dist.all_reduce(number, dist.ReduceOp.MAX)
             self.stopping = number.item()
         last = self.step == self.args.steps
-        return bool(self.stopping) or last or self.step % self.args.save_every == 0
+        regular = last or self.step % self.args.save_every == 0
+        return bool(self.stopping) or regular or self.evaluation_due()
 
     def finish(self, script: str) -> dict[str, dict]:
         """Say where everything is. Returns the first and the last evaluation, by name.
@@ -249,7 +297,7 @@ class Run:
         After a signal: say how to go on, and exit with the status that shells expect.
         """
         newest = self.newest_checkpoint()
-        if self.step < self.args.steps:
+        if self.stopping:
             if self.is_main:
                 print(f"stopped and saved {newest.name}; go on with: python {script} --name "
                       f"{self.args.name} --resume", file=sys.stderr)
@@ -285,12 +333,14 @@ class Run:
             save_tensors(dict(critic.named_parameters()), scratch / "critic.safetensors")
             save_tensors(adam_state(critic, critic_optimizer),
                          scratch / "critic_optimizer.safetensors")
+        self.unsaved = False
         if not self.is_main:
             return
         sizes = {name: (self.folder / name).stat().st_size for name in LOGS}
         state = {"step": self.step, "log_bytes": sizes}
         write_atomically(scratch / "state.json", json.dumps(state))
-        os.sync()  # the checkpoint and the logs are on the disk before it gets its name
+        if hasattr(os, "sync"):  # the checkpoint and the logs are on the disk before it has a name
+            os.sync()
         shutil.rmtree(place, ignore_errors=True)  # one without optimizer state
         scratch.rename(place)
         for name in ("optimizer", "critic", "critic_optimizer"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from data.files import read_json
+from kernels import fast_bfloat16
 from runtime import parallel, runs
 from sar import GROUP_REWARDS, REWARDS
 from verify import VERIFIERS
@@ -134,7 +135,7 @@ def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
         "memory holds)")
     add("--device", help="(default: a GPU if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the matmuls; weights and optimizer "
-        "are float32 (default: bfloat16 on a GPU, float32 on a CPU)")
+        "are float32 (default: bfloat16 on a GPU from Ampere on, else float32)")
     return parser
 
 
@@ -152,7 +153,7 @@ def parse(parser: Parser, algorithm: str, argv: list[str] | None = None) -> argp
     args.device = choose_device(args.device)
     on_gpu = args.device.startswith("cuda")
     args.micro_tokens = args.micro_tokens or (8192 if args.model == "tiny" or on_gpu else 512)
-    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    args.dtype = args.dtype or ("bfloat16" if fast_bfloat16(args.device) else "float32")
     prompts = args.prompts_per_step
     args.minibatch = args.minibatch or (prompts if prompts % 2 else prompts // 2)
     if prompts % args.minibatch:
