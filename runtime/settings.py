@@ -77,7 +77,7 @@ share = checked(float, lambda x: 0 <= x <= 1, "between 0 and 1")
 
 def model_name(text: str) -> str:
     """A folder as an absolute path, which stays true in another working directory; or a name."""
-    folder = Path(text).expanduser()
+    folder = Path(os.path.expanduser(text))  # ~nobody stays as it is
     return str(folder.resolve()) if text != "tiny" and folder.is_dir() else text
 
 
@@ -85,7 +85,7 @@ def data_names(text: str) -> str:
     """Names and files, separated by commas, with the files as absolute paths."""
     names = []
     for name in text.split(","):
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         names.append(str(path.resolve()) if path.is_file() else name)
     return ",".join(names)
 
@@ -180,11 +180,11 @@ def take_saved_settings(args: argparse.Namespace, algorithm: str):
         args.resume = False
         return
     config = read_json(path)
-    if config["algorithm"] != algorithm:
-        raise ValueError(f"{args.name} is a run of train_sa_{config['algorithm']}.py: resume it "
-                         "with that script")
-    saved, free = config["settings"], set(FREE_ON_RESUME)
-    if vars(args).keys() != saved.keys():
+    if config.get("algorithm") != algorithm:
+        raise ValueError(f"{args.name} is a run of train_sa_{config.get('algorithm')}.py: resume "
+                         "it with that script")
+    saved, free = config.get("settings"), set(FREE_ON_RESUME)
+    if not isinstance(saved, dict) or vars(args).keys() != saved.keys():
         raise ValueError(f"{path} was written by another version of this code, with other flags: "
                          "resume the run with that version")
     if saved["data"] == "tiny" or (saved["eval_every"] > 0) == ((args.eval_every or 0) > 0):
