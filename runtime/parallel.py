@@ -53,9 +53,10 @@ def join_processes():
     global store
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    said = [f"{key}={os.environ.get(key)}" for key in ("WORLD_SIZE", "RANK", "MASTER_ADDR")]
-    waits = f"note: waiting for the other processes of {' '.join(said)}; to run one, unset these"
-    slow = threading.Timer(PATIENCE, print, [waits], {"file": sys.stderr})
+    env = os.environ
+    slow = threading.Timer(PATIENCE, sys.stderr.write, [
+        f"note: waiting for the other processes of WORLD_SIZE={env['WORLD_SIZE']} (this one is "
+        f"RANK={env.get('RANK')}, MASTER_ADDR={env.get('MASTER_ADDR')}); to run one, unset these\n"])
     slow.daemon = True
     slow.start()
     store, rank, world = next(dist.rendezvous("env://"))

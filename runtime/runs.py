@@ -112,10 +112,8 @@ class Run:
         name = f"{algorithm}-{Path(args.model).name}-{args.reward}-{time.strftime('%m%d-%H%M%S')}"
         args.name = args.name or from_rank_0(lambda: name)
         self.args, self.folder, self.step = args, RUNS / args.name, 0
-        self.checkpoint: Path | None = None  # the newest that can be resumed
-        self.logs = {}
-        self.stop_signal = self.stopping = None
-        self.unsaved, self.early, self.logs = False, [], {}
+        self.checkpoint = self.stop_signal = self.stopping = None  # a path; numbers of signals
+        self.unsaved, self.early = False, []
         self.is_main = processes()[0] == 0
         if self.is_main:
             with torch.device("meta"):
@@ -143,8 +141,7 @@ class Run:
             self.rewind()
             before = read_json(path)
             for what, now in here["versions"].items():
-                was = before["versions"].get(what)
-                if was != now:
+                if (was := before["versions"].get(what)) != now:
                     say(f"the run began with {what} {was} and goes on with {now}: the last bits of "
                         "its sums may differ")
             resumes = [*before.get("resumes", []), {"step": self.step, **here}]
@@ -156,16 +153,15 @@ class Run:
         size = parameters * 3 * 4  # float32 weights and AdamW's two moments
         if free < (size if self.checkpoint else 2 * size):
             raise ValueError(f"{self.folder} has {free / 1e9:.2f} GB free, but a checkpoint takes "
-                             f"{size / 1e9:.2f} GB and the next one is whole before it goes: free "
-                             "some space, or set SA_RUNS to a folder on a larger disk")
+                             f"{size / 1e9:.2f} GB, and for a while there are two: free some space, "
+                             "or set SA_RUNS to a folder on a larger disk")
         write_atomically(path, json.dumps(config, indent=2))
-        for name in LOGS:
-            self.logs[name] = open(self.folder / name, "a", encoding="utf-8", newline="\n")
+        self.logs = {name: open(self.folder / name, "ab") for name in LOGS}
 
     def hold(self):
         """Keep other jobs out until this process ends, be it by kill -9, or has another run."""
         path = self.folder / "lock"
-        Run.held = open(path, "a", encoding="utf-8")  # of the class: the run before lets go
+        Run.held = open(path, "ab")  # of the class: the run before lets go
         try:
             lock(Run.held, wait=False)
         except BlockingIOError:
@@ -173,9 +169,7 @@ class Run:
                              "ends, or choose another --name") from None
         except OSError as error:
             say(f"{self.folder} is not locked ({error}): start no other job with this --name")
-        Run.held.truncate(0)
-        Run.held.write(f"process {os.getpid()} on {platform.node()} since {time.ctime()}")
-        Run.held.flush()
+        path.write_text(f"process {os.getpid()} on {platform.node()} since {time.ctime()}", "utf-8")
 
     def rewind(self):
         """Take up the newest checkpoint, if there is one, and drop what was logged after it."""
@@ -203,20 +197,19 @@ class Run:
                     "or begins anew")
 
     def on_signal(self, number, frame):
-        at_once = self.stop_signal is not None or not self.unsaved  # as in an evaluation
-        how = "finishing this step, then saving (again to stop now)"
-        say(f"{signal.Signals(number).name}: {'--resume goes on' if at_once else how}")
-        if at_once:
+        name = signal.Signals(number).name
+        if self.stop_signal or not self.unsaved:  # the second time, or during an evaluation
+            say(f"{name}: stopped, --resume goes on")
             raise SystemExit(128 + number)
         self.stop_signal = number
+        say(f"{name}: finishing this step, then saving (again to stop now)")
 
     def steps(self, title: str) -> Iterator[int]:
         """The steps that are left, with a bar; ends after the step in which a signal came."""
         first, total = self.step, self.args.steps
         self.bar = tqdm(range(first, total), initial=first, total=total, desc=title)
         for step in self.bar:
-            self.seconds, self.lap_start = {}, time.perf_counter()
-            self.unsaved = True
+            self.unsaved, self.seconds, self.lap_start = True, {}, time.perf_counter()
             yield step
             if self.stopping:
                 break
@@ -243,7 +236,8 @@ class Run:
 
     def log(self, name: str, row: dict):
         if self.is_main:
-            self.logs[name].write(json.dumps(plain(row), ensure_ascii=False) + "\n")
+            line = json.dumps(plain(row), ensure_ascii=False)
+            self.logs[name].write(f"{line}\n".encode())
             self.logs[name].flush()
 
     def log_step(self, answers: list[Answer], means: Means, **own):
@@ -262,15 +256,13 @@ class Run:
     def look_out(self, answers: list[Answer], unfinished: float):
         """Say after five steps what would make the others useless."""
         self.early.append((unfinished, any(a.advantage.any() for a in answers)))
-        if len(self.early) == 5:
-            unfinished, signals = map(sum, zip(*self.early))
-            look = f"after five steps: look at {self.folder / 'completions.jsonl'}; "
-            if unfinished > 0.9 * 5:
-                say(f"more than 90 % of the answers are unfinished {look}is --max-new-tokens too "
-                    "low, or the stop token another one?")
-            if not signals:
-                say(f"no group has any signal {look}are the problems too easy or too hard, or can "
-                    "the verifier not read the answers or the references?")
+        unfinished, signals = map(sum, zip(*self.early))
+        if len(self.early) == 5 and unfinished > 0.9 * 5:
+            say("more than 90 % of the answers of five steps are unfinished: is --max-new-tokens too "
+                "low, or the stop token another one? completions.jsonl has them")
+        if len(self.early) == 5 and not signals:
+            say("no group had any signal in five steps: is --data too easy, too hard, or not what "
+                "the verifier reads? completions.jsonl has answers, references and verdicts")
 
     def evaluation_due(self) -> bool:
         """Whether --eval-every asks for an evaluation now: before step 1, or just after a save."""
@@ -278,18 +270,14 @@ class Run:
         return every > 0 and not self.stopping and (last or self.step % every == 0)
 
     def checkpoint_due(self) -> bool:
-        """Whether to save now. A collective: a signal to one process stops all of them.
-
-        The flag is read here, once; a signal that arrives later is honoured after the next step.
-        """
+        """Whether to save now. A collective: a signal that one process got by now stops all."""
         self.stopping = self.stop_signal
         if processes()[1] > 1:
             number = torch.tensor(self.stop_signal or 0)
             dist.all_reduce(number, dist.ReduceOp.MAX)
             self.stopping = number.item()
-        last = self.step == self.args.steps
-        regular = last or self.step % self.args.save_every == 0
-        return bool(self.stopping) or regular or self.evaluation_due()
+        due = self.evaluation_due() or self.step == self.args.steps
+        return bool(self.stopping) or due or self.step % self.args.save_every == 0
 
     def finish(self, script: str) -> dict[str, dict]:
         """Say where everything is. Returns the first and the last evaluation, by name.
@@ -298,9 +286,8 @@ class Run:
         """
         newest = self.newest_checkpoint()
         if self.stopping:
-            if self.is_main:
-                print(f"stopped and saved {newest.name}; go on with: python {script} --name "
-                      f"{self.args.name} --resume", file=sys.stderr)
+            say(f"stopped and saved {newest.name}; go on with: python {script} --name "
+                f"{self.args.name} --resume")
             sys.exit(128 + self.stopping)
         if not self.is_main:
             return {}
@@ -343,10 +330,9 @@ class Run:
             os.sync()
         shutil.rmtree(place, ignore_errors=True)  # one without optimizer state
         scratch.rename(place)
-        for name in ("optimizer", "critic", "critic_optimizer"):
-            for older in self.folder.glob(f"step_*/{name}.safetensors"):
-                if older.parent != place:
-                    older.unlink()
+        for older in self.folder.glob("step_*/*.safetensors"):
+            if older.parent != place and older.name != "model.safetensors":
+                older.unlink()
 
 
 def say(note: str):
@@ -410,12 +396,11 @@ def load_parameters(path: Path, model):
 @torch.no_grad()
 def load_optimizer(path: Path, model, optimizer):
     """Put what `adam_state` named back, bit for bit."""
-    parameters = dict(model.named_parameters())
     with open_tensors(path) as file:
         names = list(file.keys())
     for name in names:
         parameter, key = name.rsplit(".", 1)
-        p = parameters[parameter]
+        p = model.get_parameter(parameter)
         step = torch.zeros((), device=p.device)
         optimizer.state[p][key] = torch.zeros_like(p) if key.startswith("exp_avg") else step
         load_into(path, name, optimizer.state[p][key])
