@@ -53,10 +53,9 @@ def join_processes():
     global store
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    env = os.environ
     slow = threading.Timer(PATIENCE, sys.stderr.write, [
-        f"note: waiting for the other processes of WORLD_SIZE={env['WORLD_SIZE']} (this one is "
-        f"RANK={env.get('RANK')}, MASTER_ADDR={env.get('MASTER_ADDR')}); to run one, unset these\n"])
+        f"note: waiting for the other processes of WORLD_SIZE={os.environ['WORLD_SIZE']} (this is "
+        f"RANK={os.environ.get('RANK')}); to run one alone, unset these variables\n"])
     slow.daemon = True
     slow.start()
     store, rank, world = next(dist.rendezvous("env://"))
@@ -71,12 +70,9 @@ def join_processes():
 
 
 def fresh_namespace(store, rank: int, world: int):
-    """A part of the store that no earlier process has used.
-
-    After a restart torchrun's store still holds the old processes' keys, their addresses for
-    example. Rank 0 makes up a name, tells it to every process that asks, and goes on when all
-    have confirmed it.
-    """
+    """A part of the store that no earlier process has used: after a restart torchrun's still holds
+    the old ones' keys, their addresses for example. Rank 0 makes up a name, tells it to every
+    process that asks, and goes on when all have confirmed it."""
     if rank > 0:
         question = uuid.uuid4().hex
         store.set(f"question {rank}", question)

@@ -95,9 +95,7 @@ def describe(answers: list[Answer], means: Means, args) -> dict:
     if "value_loss" in sums:
         metrics["value_loss"] = sums["value_loss"] / optimizer_steps
         metrics["critic_grad_norm"] = largest["critic_grad_norm"]
-    for status in STATUSES:
-        metrics[f"share_{status}"] = statuses.count(status) / len(answers)
-    return metrics
+    return metrics | {f"share_{name}": statuses.count(name) / len(answers) for name in STATUSES}
 
 
 class Run:
@@ -153,8 +151,8 @@ class Run:
         size = parameters * 3 * 4  # float32 weights and AdamW's two moments
         if free < (size if self.checkpoint else 2 * size):
             raise ValueError(f"{self.folder} has {free / 1e9:.2f} GB free, but a checkpoint takes "
-                             f"{size / 1e9:.2f} GB, and for a while there are two: free some space, "
-                             "or set SA_RUNS to a folder on a larger disk")
+                             f"{size / 1e9:.2f} GB, and for a while there are two: free some, or "
+                             "set SA_RUNS to a folder on a larger disk")
         write_atomically(path, json.dumps(config, indent=2))
         self.logs = {name: open(self.folder / name, "ab") for name in LOGS}
 
@@ -227,17 +225,14 @@ class Run:
             return
         rank, step = processes()[0], self.step + 1
         path = self.folder / f"bad_batch_step_{step:06d}{f'_process_{rank}' if rank else ''}.json"
-        rows = [plain(record(a, step)) for a in batch]
-        write_atomically(path, json.dumps(rows, ensure_ascii=False))
-        newest = self.newest_checkpoint() or "not there yet"
+        write_atomically(path, json.dumps([plain(record(a, step)) for a in batch]))
         raise ValueError(f"the {what} of step {step} is not finite; this update was not made, the "
-                         f"batch is in {path}, and the newest checkpoint is {newest}: try a lower "
-                         "--lr")
+                         f"batch is in {path}, and {self.newest_checkpoint() or 'no checkpoint'} "
+                         "is the newest: try a lower --lr")
 
     def log(self, name: str, row: dict):
         if self.is_main:
-            line = json.dumps(plain(row), ensure_ascii=False)
-            self.logs[name].write(f"{line}\n".encode())
+            self.logs[name].write(f"{json.dumps(plain(row), ensure_ascii=False)}\n".encode())
             self.logs[name].flush()
 
     def log_step(self, answers: list[Answer], means: Means, **own):
@@ -258,8 +253,8 @@ class Run:
         self.early.append((unfinished, any(a.advantage.any() for a in answers)))
         unfinished, signals = map(sum, zip(*self.early))
         if len(self.early) == 5 and unfinished > 0.9 * 5:
-            say("more than 90 % of the answers of five steps are unfinished: is --max-new-tokens too "
-                "low, or the stop token another one? completions.jsonl has them")
+            say("more than 90 % of the answers of five steps are unfinished: is --max-new-tokens "
+                "too low, or the stop token another one? completions.jsonl has them")
         if len(self.early) == 5 and not signals:
             say("no group had any signal in five steps: is --data too easy, too hard, or not what "
                 "the verifier reads? completions.jsonl has answers, references and verdicts")
@@ -281,9 +276,7 @@ class Run:
 
     def finish(self, script: str) -> dict[str, dict]:
         """Say where everything is. Returns the first and the last evaluation, by name.
-
-        After a signal: say how to go on, and exit with the status that shells expect.
-        """
+        After a signal: say how to go on, and exit with the status that shells expect."""
         newest = self.newest_checkpoint()
         if self.stopping:
             say(f"stopped and saved {newest.name}; go on with: python {script} --name "
@@ -297,15 +290,12 @@ class Run:
         return {f"step {row['step']}" if row["step"] else "base": row for row in rows}
 
     def newest_checkpoint(self) -> Path | None:
-        found = sorted(path.parent for path in self.folder.glob("step_*[0-9]/state.json"))
-        whole = [path for path in found if (path / "optimizer.safetensors").exists()]
-        return whole[-1] if whole else None
+        found = sorted(self.folder.glob("step_*[0-9]/optimizer.safetensors"))
+        return found[-1].parent if found else None
 
     def save(self, tokenizer, policy, optimizer, critic=None, critic_optimizer=None):
         """Write step_XXXXXX/: a model folder, and what --resume needs; only the newest keeps that.
-
-        PPO has a critic. A collective.
-        """
+        A collective."""
         place = self.folder / f"step_{self.step:06d}"
         scratch = place.with_suffix(".tmp")
         if self.is_main:
@@ -324,8 +314,7 @@ class Run:
         if not self.is_main:
             return
         sizes = {name: (self.folder / name).stat().st_size for name in LOGS}
-        state = {"step": self.step, "log_bytes": sizes}
-        write_atomically(scratch / "state.json", json.dumps(state))
+        write_atomically(scratch / "state.json", json.dumps({"step": self.step, "log_bytes": sizes}))
         if hasattr(os, "sync"):  # the checkpoint and the logs are on the disk before it has a name
             os.sync()
         shutil.rmtree(place, ignore_errors=True)  # one without optimizer state
@@ -356,19 +345,15 @@ def warn_if_large(args, parameters: int, models: int):
     # float32: weights, gradients and two moments of each; the frozen start where a KL is asked for
     memory = parameters * 4 * (4 * models + (args.kl_coef > 0)) / 1e9
     say(f"{parameters / 1e9:.2f}B parameters on a CPU: about {memory:.0f} GB of memory besides "
-        f"activations, and for a step of {tokens:,} tokens, the most it can have, about "
-        f"{minutes:,.0f} minutes at 200 GFLOP/s; --prompts-per-step, --samples and "
-        "--max-new-tokens make it shorter")
+        f"activations, and for a step of up to {tokens:,} tokens about {minutes:,.0f} minutes at "
+        "200 GFLOP/s; --prompts-per-step, --samples and --max-new-tokens make it shorter")
 
 
 # ---- checkpoints: whole tensors under their names, for any number of processes ----
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path):
-    """Write {name: tensor}. Rank 0 gathers and holds them all.
-
-    torch.distributed.checkpoint is not used, because its metadata file is a pickle.
-    """
+    """Write {name: tensor}; rank 0 gathers them. (torch.distributed.checkpoint writes a pickle.)"""
     whole = {}
     for name, tensor in tensors.items():
         tensor = all_gather(tensor)
@@ -396,9 +381,7 @@ def load_parameters(path: Path, model):
 @torch.no_grad()
 def load_optimizer(path: Path, model, optimizer):
     """Put what `adam_state` named back, bit for bit."""
-    with open_tensors(path) as file:
-        names = list(file.keys())
-    for name in names:
+    for name in open_tensors(path).keys():
         parameter, key = name.rsplit(".", 1)
         p = model.get_parameter(parameter)
         step = torch.zeros((), device=p.device)

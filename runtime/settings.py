@@ -207,7 +207,7 @@ def choose_device(device: str | None) -> str:
     """The device asked for, else a GPU if there is one; under torchrun each process its own."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     device = device or ("cuda" if gpus else "cpu")
-    if device != "cpu" and device not in gpus and not (device == "cuda" and gpus):
+    if device not in ("cpu", *gpus, "cuda" if gpus else "cpu"):
         raise ValueError(f"--device {device} is not here: there is {', '.join(['cpu', *gpus])}")
     if device.startswith("cuda") and parallel.processes()[1] > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
