@@ -313,8 +313,8 @@ class Run:
         self.unsaved = False
         if not self.is_main:
             return
-        sizes = {name: (self.folder / name).stat().st_size for name in LOGS}
-        write_atomically(scratch / "state.json", json.dumps({"step": self.step, "log_bytes": sizes}))
+        state = {"step": self.step, "log_bytes": {n: (self.folder / n).stat().st_size for n in LOGS}}
+        write_atomically(scratch / "state.json", json.dumps(state))
         if hasattr(os, "sync"):  # the checkpoint and the logs are on the disk before it has a name
             os.sync()
         shutil.rmtree(place, ignore_errors=True)  # one without optimizer state
