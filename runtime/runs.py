@@ -313,7 +313,8 @@ class Run:
         self.unsaved = False
         if not self.is_main:
             return
-        state = {"step": self.step, "log_bytes": {n: (self.folder / n).stat().st_size for n in LOGS}}
+        sizes = {name: (self.folder / name).stat().st_size for name in LOGS}
+        state = {"step": self.step, "log_bytes": sizes}
         write_atomically(scratch / "state.json", json.dumps(state))
         if hasattr(os, "sync"):  # the checkpoint and the logs are on the disk before it has a name
             os.sync()

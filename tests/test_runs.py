@@ -147,6 +147,21 @@ def test_runs_that_teach_nothing_say_so_after_five_steps(runs, capsys):
     assert told([0.0] * 5 + [1.0] * 5, [0.0] * 10) == (False, True)  # once
 
 
+def test_a_model_without_a_stop_token_is_told_before_the_first_step(runs, tmp_path, capsys):
+    folder = shutil.copytree(ROOT / "data/tiny", tmp_path / "m")
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        content = json.loads((folder / name).read_text())
+        kept = {key: value for key, value in content.items() if not key.startswith("eos")}
+        (folder / name).write_text(json.dumps(kept))
+    flags = ["--data", "tiny", "--steps", 1, "--max-prompt-tokens", 128, "--model"]
+    train(*flags, ROOT / "data/tiny", "--name", "with")
+    assert "ends an answer" not in capsys.readouterr().err
+    train(*flags, folder, "--name", "without")
+    said = capsys.readouterr().err
+    assert f"no file in {folder} names a token that ends an answer" in said.split("0/1")[0]
+    assert not any(a["finished"] for a in lines(runs / "without" / "completions.jsonl"))
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_wait_for_processes_that_nobody_started_is_said(rank):
     with socket.socket() as probe:
