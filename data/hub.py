@@ -49,7 +49,7 @@ def find_model(name_or_folder: str | Path) -> Path:
     ValueError where it is there but broken."""
     name = str(name_or_folder)
     repo = MODELS.get(name, name)
-    folder = Path(repo).expanduser()
+    folder = Path(os.path.expanduser(repo))
     if repo and folder.is_dir():
         return check_folder(folder)
     if folder.is_file() or not re.fullmatch(REPOSITORY, repo, re.ASCII):

@@ -56,7 +56,7 @@ def load_problems(name_or_path: str, split: str = "train") -> list[Problem]:
     if split not in ("train", "test"):
         raise ValueError(f"a split is 'train' or 'test', not {split!r}")
     name = str(name_or_path)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name and path.exists() and name not in NAMES:
         return read_jsonl(path)
     base, _, ending = name.rpartition("-")

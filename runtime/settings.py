@@ -210,6 +210,6 @@ def choose_device(device: str | None) -> str:
     if device not in ("cpu", *gpus, "cuda" if gpus else "cpu"):
         raise ValueError(f"--device {device} is not here: there is {', '.join(['cpu', *gpus])}")
     if device.startswith("cuda") and parallel.processes()[1] > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', parallel.processes()[0] % len(gpus))}"
         torch.cuda.set_device(device)
     return device

@@ -79,3 +79,26 @@ def test_the_default_dtype_is_what_the_gpu_is_fast_in(capability, dtype, runs, m
     assert settings.parse(parser, "grpo", []).dtype == dtype
     assert settings.parse(parser, "grpo", ["--dtype", "float32"]).dtype == "float32"
     assert settings.parse(parser, "grpo", ["--device", "cpu"]).dtype == "float32"
+
+
+def test_flags_out_of_range(runs):
+    for argv, says in ((["--lr", "inf"], "--lr: must be positive, got inf"),
+                       (["--temperature", "inf"], "--temperature: must be positive, got inf"),
+                       (["--temperature", "nan"], "--temperature: must be positive, got nan"),
+                       (["--micro-tokens", "0"], "--micro-tokens: must be positive, got 0"),
+                       (["--model", "~nobody-is-called-this/x"], "~nobody-is-called-this/x"),
+                       (["--data", "~nobody-is-called-this/x"], "~nobody-is-called-this/x")):
+        with pytest.raises((ValueError, OSError), match=re.escape(says)):
+            train_sa_grpo.main(argv)
+
+
+def test_processes_without_a_local_rank_share_the_gpus(monkeypatch):
+    """As mpirun or srun start them."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(settings.parallel, "processes", lambda: (6, 8))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert settings.choose_device(None) == "cuda:2"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert settings.choose_device("cuda") == "cuda:3" and taken == ["cuda:2", "cuda:3"]
