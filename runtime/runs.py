@@ -38,9 +38,10 @@ def provenance(device: str) -> dict:
     """What a run is made with: the commit, versions, machine, threads."""
     command = "git describe --always --dirty --abbrev=40 || echo unknown"
     described = subprocess.run(command, shell=True, cwd=HERE, capture_output=True, text=True)
-    versions = {name: version(name) for name in ("torch", "numpy", "tiktoken", "safetensors")}
-    versions |= {"python": platform.python_version(), "machine": platform.machine(),
-                 "threads": torch.get_num_threads(), "processes": processes()[1]}
+    versions = {name: version(name) for name in ("numpy", "tiktoken", "safetensors")}
+    versions |= {"torch": torch.__version__, "python": platform.python_version(),
+                 "machine": platform.machine(), "threads": torch.get_num_threads(),
+                 "processes": processes()[1]}
     if device.startswith("cuda"):
         versions["gpu"] = torch.cuda.get_device_name(device)
     return {"git_commit": described.stdout.strip(), "versions": versions}
@@ -191,8 +192,7 @@ class Run:
                                      f"{self.step} did; put it back, or move it away")
                 log.truncate(min(size, found))
             if found != size:
-                say(f"{path} has {found} bytes, {size} after step {self.step}: it is cut to these, "
-                    "or begins anew")
+                say(f"{path} has {found} bytes, {size} after step {self.step}: cut, or begun anew")
 
     def on_signal(self, number, frame):
         name = signal.Signals(number).name

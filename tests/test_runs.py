@@ -167,7 +167,8 @@ def test_a_wait_for_processes_that_nobody_started_is_said(rank):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    code = "from runtime import parallel; parallel.PATIENCE = 0.5; parallel.join_processes()"
+    code = ("import os, threading; threading.Timer(30, os._exit, [1]).start(); from runtime import "
+            "parallel; parallel.PATIENCE = 0.5; parallel.join_processes()")
     env = os.environ | {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                         "MASTER_PORT": str(port)}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, text=True,
