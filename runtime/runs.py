@@ -112,8 +112,7 @@ class Run:
         args.name = args.name or from_rank_0(lambda: name)
         self.args, self.folder, self.step = args, RUNS / args.name, 0
         self.checkpoint = self.stop_signal = self.stopping = None  # a path; numbers of signals
-        self.unsaved, self.early = False, []
-        self.is_main = processes()[0] == 0
+        self.unsaved, self.early, self.is_main = False, [], processes()[0] == 0
         if self.is_main:
             with torch.device("meta"):
                 model = GPT(GPTConfig.from_hf(read_json(folder / "config.json")))
@@ -127,8 +126,8 @@ class Run:
             path = self.folder / f"process_{processes()[0]}.log"
             sys.stdout = sys.stderr = open(path, "a", encoding="utf-8", buffering=1)
             sys.stderr.write(said)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+        signal.signal(signal.SIGINT, self.on_signal)
+        signal.signal(signal.SIGTERM, self.on_signal)
 
     def prepare(self, algorithm: str, parameters: int):
         """Make the folder, or find the checkpoint to resume from and cut the logs back to it."""
@@ -225,7 +224,8 @@ class Run:
             return
         rank, step = processes()[0], self.step + 1
         path = self.folder / f"bad_batch_step_{step:06d}{f'_process_{rank}' if rank else ''}.json"
-        write_atomically(path, json.dumps([plain(record(a, step)) for a in batch]))
+        rows = [plain(record(a, step)) for a in batch]
+        write_atomically(path, json.dumps(rows, ensure_ascii=False))
         raise ValueError(f"the {what} of step {step} is not finite; this update was not made, the "
                          f"batch is in {path}, and {self.newest_checkpoint() or 'no checkpoint'} "
                          "is the newest: try a lower --lr")
@@ -321,7 +321,7 @@ class Run:
         shutil.rmtree(place, ignore_errors=True)  # one without optimizer state
         scratch.rename(place)
         for older in self.folder.glob("step_*/*.safetensors"):
-            if older.parent != place and older.name != "model.safetensors":
+            if older.parent != place and older.stem in ("optimizer", "critic", "critic_optimizer"):
                 older.unlink()
 
 

@@ -151,8 +151,8 @@ def parse(parser: Parser, algorithm: str, argv: list[str] | None = None) -> argp
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.device = choose_device(args.device)
-    on_gpu = args.device.startswith("cuda")
-    args.micro_tokens = args.micro_tokens or (8192 if args.model == "tiny" or on_gpu else 512)
+    if not args.micro_tokens:
+        args.micro_tokens = 512 if args.device == "cpu" and args.model != "tiny" else 8192
     args.dtype = args.dtype or ("bfloat16" if fast_bfloat16(args.device) else "float32")
     prompts = args.prompts_per_step
     args.minibatch = args.minibatch or (prompts if prompts % 2 else prompts // 2)
