@@ -194,12 +194,12 @@ class Run:
                 say(f"{path} has {found} bytes, {size} after step {self.step}: cut, or begun anew")
 
     def on_signal(self, number, frame):
-        name = signal.Signals(number).name
-        if self.stop_signal or not self.unsaved:  # the second time, or during an evaluation
-            say(f"{name}: stopped, --resume goes on")
+        evaluating = not self.unsaved and not self.stopping  # of the process that saves
+        if self.stop_signal or evaluating:  # the second time, or nothing to lose
+            say("stopped, --resume goes on")
             raise SystemExit(128 + number)
         self.stop_signal = number
-        say(f"{name}: finishing this step, then saving (again to stop now)")
+        say(f"{signal.Signals(number).name}: finishing this step, then saving (again to stop now)")
 
     def steps(self, title: str) -> Iterator[int]:
         """The steps that are left, with a bar; ends after the step in which a signal came."""
@@ -310,7 +310,6 @@ class Run:
             save_tensors(dict(critic.named_parameters()), scratch / "critic.safetensors")
             save_tensors(adam_state(critic, critic_optimizer),
                          scratch / "critic_optimizer.safetensors")
-        self.unsaved = False
         if not self.is_main:
             return
         sizes = {name: (self.folder / name).stat().st_size for name in LOGS}
@@ -323,6 +322,7 @@ class Run:
         for older in self.folder.glob("step_*/*.safetensors"):
             if older.parent != place and older.stem in ("optimizer", "critic", "critic_optimizer"):
                 older.unlink()
+        self.unsaved = False
 
 
 def say(note: str):

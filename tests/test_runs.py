@@ -103,7 +103,7 @@ def test_a_signal_in_an_evaluation_loses_nothing(runs, tmp_path, monkeypatch, ca
         with pytest.raises(SystemExit) as stop:
             train(*flags, "stopped")
         assert stop.value.code == 128 + signal.SIGTERM and time.time() - began < 29
-    assert "SIGTERM: stopped, --resume goes on" in capsys.readouterr().err
+    assert "note: stopped, --resume goes on" in capsys.readouterr().err
     folder = runs / "stopped"
     states = [json.loads(state.read_text())["step"] for state in folder.glob("step_*/state.json")]
     assert states == [saved][:saved]
