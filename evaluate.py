@@ -31,7 +31,7 @@ from data.hub import find_model
 from data.problems import NAMES, load_problems
 from data.prompts import encode_prompt
 from data.tokenizer import Tokenizer
-from kernels import keep_freed_memory
+from kernels import fast_bfloat16, keep_freed_memory
 from model import GPT
 from runtime import errors, parallel, runs, settings
 from verify import VERIFIERS
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None):
     flag("--seed", type=int, default=0, help="of every sample (default: 0)")
     flag("--name", help="folder in runs/; what is there is not run again (default: model and time)")
     flag("--slots", type=positive, help="answers decoded at once (default: what memory holds)")
-    flag("--device", help="bfloat16 on a GPU, float32 on a CPU (default: a GPU if there is one)")
+    flag("--device", help="float32 on a CPU and on GPUs before Ampere (default: a GPU if any)")
     args = parser.parse_args(argv)
     args.device = settings.choose_device(args.device)
     args.name = args.name or f"eval-{Path(args.model).name}-{time.strftime('%m%d-%H%M%S')}"
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None):
     tokenizers = {prefix: Tokenizer.from_pretrained(folder) for prefix, folder in folders.items()}
     problems, skipped, longest = load_benchmarks(args, list(tokenizers.values()), room)
     run = open_run(args, folders)
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    dtype = torch.bfloat16 if fast_bfloat16(args.device) else torch.float32
     tables, results = {benchmark: {} for benchmark in problems}, {}  # figures, by benchmark
     for prefix, folder in folders.items():
         model = None  # one in memory at a time

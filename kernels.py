@@ -1,4 +1,4 @@
-"""How this machine multiplies and keeps memory. No other file knows about oneDNN, MKL or malloc.
+"""How this machine multiplies. No other file knows about oneDNN, MKL or malloc.
 
 PyTorch's `@` on a CPU goes to MKL, which uses half the vector width of AMD's cores. oneDNN uses all
 of it, and can keep a weight in a layout of its own (`pack`). On a GPU a product of bfloat16 is
@@ -9,28 +9,35 @@ depend on the batch. oneDNN gives that for two rows or more. Attention gives it 
 hence ATTENTION_STEP and PROMPT_STEP.
 """
 import ctypes
-import os
 import platform
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_OPS = torch.ops.mkldnn  # its operators are private: a PyTorch version may lack them
-ONEDNN = hasattr(_OPS, "_linear_pointwise") and hasattr(_OPS, "_reorder_linear_weight")
 ATTENTION_STEP = 16  # attended lengths are multiples of it: attention rounds differently at others
 PROMPT_STEP = 32  # prompts are prefilled at widths that are multiples of it, for the same reason
+
+try:  # two private operators: a PyTorch may lack them, only name them, or want other arguments
+    _pack, _linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    ONEDNN = bool(_linear(torch.eye(2), _pack(torch.eye(2)), None, "none", [], "")[0, 0])
+except (AttributeError, RuntimeError, TypeError):
+    ONEDNN = False
 
 
 def round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
+def fast_bfloat16(device) -> bool:
+    """Whether it is a GPU that multiplies bfloat16 fast: compute capability 8.0 and up."""
+    on_gpu = torch.device(device).type == "cuda"
+    return on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def matmul_dtype(x: Tensor) -> torch.dtype:
     """What a tile of logits is multiplied in: bfloat16 on a GPU, else float32 (or float64).
-
-    Never float16: the gradients of a loss that is a mean over a batch may lie below its range.
-    """
+    Never float16: gradients of a mean over a batch may lie below its range."""
     keep = x.dtype == torch.float64 or (x.dtype == torch.bfloat16 and x.is_cuda)
     return x.dtype if keep else torch.float32
 
@@ -43,8 +50,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.bfloat16:
         return torch.mm(a, b.T, out_dtype=torch.float32)
     if a.dtype == torch.float32 and a.device.type == "cpu" and ONEDNN:
-        out = _OPS._linear_pointwise(zero_padded(a), zero_padded(b), None, "none", [], "")
-        return out[:len(a), :len(b)]
+        return _linear(zero_padded(a), zero_padded(b), None, "none", [], "")[:len(a), :len(b)]
     with torch.autocast(a.device.type, enabled=False):  # a backward may run within it
         return a @ b.T
 
@@ -65,7 +71,7 @@ def pack(weight: Tensor) -> Tensor | None:
     """A copy of weight (m, k) in oneDNN's layout, for `packed_linear`; None where there is none."""
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or not ONEDNN:
         return None
-    return _OPS._reorder_linear_weight(weight.detach())
+    return _pack(weight.detach())
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -75,8 +81,17 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tens
     """
     rows = x.reshape(-1, x.shape[-1])
     two = rows if len(rows) > 1 else rows.repeat(2, 1)
-    out = _OPS._linear_pointwise(two, packed, bias, "none", [], "")
+    out = _linear(two, packed, bias, "none", [], "")
     return out[:len(rows)].view(*x.shape[:-1], -1)
+
+
+def takes_groups(q: Tensor) -> bool:
+    """Whether attention without a mask may get fewer key heads than query heads.
+
+    On a GPU only flash attention takes them: half precision, compute capability 8.0 and up. Without
+    it PyTorch falls back to its MATH path, which holds all scores.
+    """
+    return not q.is_cuda or (q.itemsize == 2 and fast_bfloat16(q.device))
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -90,16 +105,6 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     if batch * heads == 1:  # one product is split over threads and rounds differently: double it
         q, k, v = (part.expand(2, -1, -1, -1) for part in (q, k, v))
     return (((q * scale) @ k.transpose(2, 3) + mask).softmax(-1) @ v)[:batch]
-
-
-def available_memory() -> int:
-    """Bytes free without swapping, per process of this machine; 1 TiB where it does not tell."""
-    fields = {"MemAvailable": "1073741824 kB"}
-    if os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as lines:
-            fields |= dict(line.split(":") for line in lines)
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def keep_freed_memory():

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.files import open_tensors, read_json
-from kernels import ATTENTION_STEP, decode_attention, pack, packed_linear, round_up
+from kernels import ATTENTION_STEP, decode_attention, pack, packed_linear, round_up, takes_groups
 
 FAMILIES = ("llama", "qwen2", "qwen3", "phi3", "gemma3_text")  # model_type
 UNSUPPORTED = (  # keys of a config.json that must be missing, null, false or 0
@@ -318,7 +318,7 @@ class Block(nn.Module):
             out = decode_attention(q, k, v, mask, c.attention_scale)
         else:
             q = q.transpose(1, 2).to(k.dtype)  # (B, H, T, hd)
-            if mask is not None and H != Hkv:  # CUDA's masked kernels know no groups
+            if H != Hkv and (mask is not None or not takes_groups(q)):
                 k, v = (part.repeat_interleave(H // Hkv, 1) for part in (k, v))
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=c.attention_scale,
@@ -500,7 +500,7 @@ class GPT(nn.Module):
         key = "dtype" if "dtype" in self.config.hf else "torch_dtype"  # before transformers 5
         hf = self.config.hf | {key: str(self.norm.dtype).removeprefix("torch.")}
         Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        Path(folder, "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
     def hf_rows(self) -> dict[str, tuple[str, slice]]:

@@ -13,6 +13,7 @@ rope factors chosen once for this (model.long_rope).
 import contextlib
 import hashlib
 import math
+import os
 import sys
 import weakref
 from collections import Counter
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.files import one_line
-from kernels import ATTENTION_STEP, PROMPT_STEP, available_memory, round_up
+from kernels import ATTENTION_STEP, PROMPT_STEP, round_up
 from model import KVCache
 
 PREFILL_TOKENS = 4096  # tokens in a prefill batch (or one longer prompt): keeps the matmuls busy
@@ -275,6 +276,20 @@ def choose_slots(model, row_length: int, max_rows: int, slots: int | None) -> in
         raise ValueError(f"the KV cache of {needed} slots of {row_length} tokens does not fit into "
                          f"{free / 2**30:.1f} GiB of free memory: ask for fewer slots or tokens")
     return max_rows if slots else max(1, min(max_rows, free // part // row))
+
+
+def available_memory() -> int:
+    """Bytes free without swapping, per process of this machine; where the system does not tell:
+    half of its memory (macOS), or 4 GiB (Windows)."""
+    fields, free = {}, 2**32
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":") for line in lines)
+    if "MemAvailable" in fields:
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    elif hasattr(os, "sysconf"):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def packed_if_it_fits(model):

@@ -127,8 +127,9 @@ class FusedLogprob(torch.autograd.Function):
 
 
 def blocks(x: Tensor, block: int) -> list[Tensor]:
-    """x (n, D) in pieces (n, block): the products of one sum. bfloat16 and float64 stay whole."""
-    if x.dtype != torch.float32:
+    """x (n, D) in pieces (n, block): the products of one sum. Only a CPU's float32 is cut: a GPU
+    would wait for so many small products."""
+    if x.dtype != torch.float32 or x.is_cuda:
         return [x]
     return [piece.contiguous() for piece in x.split(block, 1)]
 

@@ -134,8 +134,8 @@ def main(argv: list[str] | None = None):
         run.log("evals.jsonl", {"step": steps_done, **result})
 
     # ---- the loop ----
-    if args.eval_every and run.step == 0:
-        evaluate_now(0)
+    if run.evaluation_due():
+        evaluate_now(run.step)
     for step in run.steps(f"GRPO with reward {args.reward}"):
         # 1. sample n answers to each of P questions
         questions = batch_of(problems, step, args.prompts_per_step, args.seed)
@@ -191,15 +191,15 @@ def main(argv: list[str] | None = None):
         parallel.copy_weights_to(sampler, policy)
         run.lap("update")
 
-        # 5. log, evaluate, save
+        # 5. log, save, evaluate
         run.log_step(answers, means, advantage_std=advantages.std(),
                      no_signal=(advantages == 0).all(1).double().mean(),
                      r_vr_group_std=r_vr.view(-1, args.samples).std(1).mean(),
                      r_sa_group_std=r_sa.view(-1, args.samples).std(1).mean())
-        if run.evaluation_due():
-            evaluate_now(step + 1)
         if run.checkpoint_due():
             run.save(tokenizer, policy, optimizer)
+        if run.evaluation_due():
+            evaluate_now(step + 1)
     evaluations = run.finish("train_sa_grpo.py")
     if evaluations:
         print(comparison_table(evaluations))

@@ -108,9 +108,11 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float, lengths: Tens
 
 
 def whiten(advantages: Tensor) -> Tensor:
-    """(tokens,) of the batch -> mean 0 and (sample) deviation 1."""
-    deviation = advantages.std() if len(advantages) > 1 else torch.zeros(())
-    return (advantages - advantages.mean()) / (deviation + 1e-8)
+    """(tokens,) of the batch -> mean 0 and (sample) deviation 1. Equal but for rounding: zeros."""
+    spread = advantages.max() - advantages.min()
+    if spread <= 1e-10 * advantages.abs().max():
+        return torch.zeros_like(advantages)
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
 
 def policy_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,8 +199,8 @@ def main(argv: list[str] | None = None):
         run.log("evals.jsonl", {"step": steps_done, **result})
 
     # ---- the loop ----
-    if args.eval_every and run.step == 0:
-        evaluate_now(0)
+    if run.evaluation_due():
+        evaluate_now(run.step)
     for step in run.steps(f"PPO with reward {args.reward}"):
         # 1. sample n answers to each of P questions
         questions = batch_of(problems, step, args.prompts_per_step, args.seed)
@@ -278,16 +280,16 @@ def main(argv: list[str] | None = None):
         parallel.copy_weights_to(sampler, policy)
         run.lap("update")
 
-        # 5. log, evaluate, save
+        # 5. log, save, evaluate
         all_values = torch.cat(values).double()  # (tokens,)
         unexplained = (returns - all_values).var() / returns.var()
         run.log_step(answers, means, advantage_std=raw.std(), value_mean=all_values.mean(),
                      value_std=all_values.std(), return_mean=returns.mean(),
                      explained_variance=1 - unexplained)
-        if run.evaluation_due():
-            evaluate_now(step + 1)
         if run.checkpoint_due():
             run.save(tokenizer, policy, optimizer, critic, critic_optimizer)
+        if run.evaluation_due():
+            evaluate_now(step + 1)
     evaluations = run.finish("train_sa_ppo.py")
     if evaluations:
         print(comparison_table(evaluations))

@@ -10,6 +10,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark in UTF-8, and what may stand round JSON
 MAX_BYTES = 2**28  # of a line, or of a whole JSON array: a small .gz can hold an endless one
 
@@ -91,3 +96,12 @@ def write_atomically(path: Path, text: str):
     scratch = path.with_name(path.name + ".new")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
+
+
+def lock(file, wait: bool = True):
+    """Lock an open file until it is closed or this process ends, be it by kill -9. Raises
+    BlockingIOError if another has it and this one should not wait, OSError if there are no locks.
+    """
+    if fcntl is None:
+        raise OSError("the system has no file locks")
+    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

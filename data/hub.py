@@ -10,7 +10,6 @@ tokenizer.json, and model.safetensors or the shards that model.safetensors.index
 HF_TOKEN is sent to the endpoint, and only there. With HF_HUB_OFFLINE=1 nothing is downloaded.
 """
 import contextlib
-import fcntl
 import http.client
 import os
 import re
@@ -23,7 +22,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from data.files import file_sha256, one_line, open_tensors, read_json
+from data.files import file_sha256, lock, one_line, open_tensors, read_json
 
 TINY = Path(__file__).resolve().parent / "tiny"
 MODELS = {  # as the paper trains base models, Qwen names without "instruct" are base models
@@ -50,7 +49,7 @@ def find_model(name_or_folder: str | Path) -> Path:
     ValueError where it is there but broken."""
     name = str(name_or_folder)
     repo = MODELS.get(name, name)
-    folder = Path(repo).expanduser()
+    folder = Path(os.path.expanduser(repo))
     if repo and folder.is_dir():
         return check_folder(folder)
     if folder.is_file() or not re.fullmatch(REPOSITORY, repo, re.ASCII):
@@ -123,7 +122,8 @@ def download_lock(path: Path) -> Iterator[None]:
         raise ConnectionError("not tried, HF_HUB_OFFLINE is set")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # no locks: two may download at once
+            lock(file)
         yield
 
 
@@ -142,10 +142,10 @@ def download_model(repo: str, target: Path):
         headers = download(f"{source}/main/config.json", partial / "config.json")
         revision = headers.get("x-repo-commit", "main")  # all files must come from one revision
         note = partial / "revision"
-        if revision == "main" or not note.is_file() or note.read_text() != revision:
+        if revision == "main" or not note.is_file() or note.read_text("utf-8") != revision:
             for old in set(partial.iterdir()) - {partial / "config.json"}:
                 old.unlink()
-            note.write_text(revision)
+            note.write_text(revision, "utf-8")
         try:
             for file in FILES:
                 with contextlib.suppress(FileNotFoundError):  # check_folder knows what is needed

@@ -71,7 +71,7 @@ def load_problems(name_or_path: str, split: str = "train", question_field: str |
     if split not in ("train", "test"):
         raise ValueError(f"a split is 'train' or 'test', not {split!r}")
     name = str(name_or_path)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file() and name not in NAMES:
         problems, how = read_problems(path, question_field, answer_field)
         return at_most(path.name, problems, how, len(problems))

@@ -15,6 +15,7 @@ After encoding, ranks are mapped to ids. A character that is no piece becomes th
 import json
 import re
 import shutil
+import sys
 import unicodedata
 from collections.abc import Iterable
 from itertools import chain, groupby
@@ -281,6 +282,9 @@ class Tokenizer:
         for end in ("<|im_end|>", "<end_of_turn>", "<|end|>"):
             if end in (self.chat_template or "") and end in self.special:
                 self.stop_ids.add(self.special[end])
+        if not self.stop_ids:
+            print(f"note: no file in {self.folder} names a token that ends an answer (eos_token, "
+                  "eos_token_id): every answer will run to its limit", file=sys.stderr)
 
     def encode(self, text: str, *, at_start: bool = True) -> list[int]:
         """Ids of ordinary text. Nothing is put around it; a spelled-out special token is just text.

@@ -12,10 +12,8 @@ from runtime import parallel
 
 @contextlib.contextmanager
 def user_errors():
-    """Turn ValueError and OSError into one sentence and exit status 2, without a traceback.
-
-    With several processes all of them show what ended the first. SA_TRACEBACK=1 shows where.
-    """
+    """Turn ValueError and OSError into one sentence and exit status 2, without a traceback. With
+    several processes all of them show what ended the first. SA_TRACEBACK=1 shows where."""
     try:
         yield
         if dist.is_initialized():
@@ -40,11 +38,9 @@ def user_errors():
 
 
 def end_all(text: str, status: int, details: str = ""):
-    """End this process. The first that fails leaves its message in the store, for the others.
-
-    Their collectives then fail too, and rank 0 shows that message instead of its own. torchrun
-    stops those that still run.
-    """
+    """End this process. The first that fails leaves its message in the store, for the others: their
+    collectives then fail too, and rank 0 shows that message instead of its own. torchrun stops
+    those that still run."""
     rank, _ = parallel.processes()
     own = f"process {rank}: {text}"
     try:

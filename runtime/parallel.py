@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from model import GPT
 from rollout import generate
 from verify import Verdict
 
+PATIENCE = 30  # seconds that a process waits in silence for the others
 store = None  # torchrun's key-value store: small values that the processes share by name
 store_calls = itertools.count()  # numbers the uses of the store, alike in every process
 
@@ -51,10 +53,16 @@ def join_processes():
     global store
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
+    slow = threading.Timer(PATIENCE, sys.stderr.write, [
+        f"note: waiting for the other processes of WORLD_SIZE={os.environ['WORLD_SIZE']} (this is "
+        f"RANK={os.environ.get('RANK')}); to run one alone, unset these variables\n"])
+    slow.daemon = True
+    slow.start()
     store, rank, world = next(dist.rendezvous("env://"))
     store = fresh_namespace(store, rank, world)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    slow.cancel()
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     if rank > 0:
         sys.stdout = sys.stderr = io.StringIO()
@@ -62,12 +70,9 @@ def join_processes():
 
 
 def fresh_namespace(store, rank: int, world: int):
-    """A part of the store that no earlier process has used.
-
-    After a restart torchrun's store still holds the old processes' keys, their addresses for
-    example. Rank 0 makes up a name, tells it to every process that asks, and goes on when all
-    have confirmed it.
-    """
+    """A part of the store that no earlier process has used: after a restart torchrun's still holds
+    the old ones' keys, their addresses for example. Rank 0 makes up a name, tells it to every
+    process that asks, and goes on when all have confirmed it."""
     if rank > 0:
         question = uuid.uuid4().hex
         store.set(f"question {rank}", question)

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import signal
 import subprocess
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from data.files import open_tensors, read_json, write_atomically
+from data.files import lock, open_tensors, read_json, write_atomically
 from model import GPT, GPTConfig
 from runtime.parallel import Answer, Means, all_gather, from_rank_0, own_rows, processes, reshard
 from sar import perplexity
@@ -39,9 +38,10 @@ def provenance(device: str) -> dict:
     """What a run is made with: the commit, versions, machine, threads."""
     command = "git describe --always --dirty --abbrev=40 || echo unknown"
     described = subprocess.run(command, shell=True, cwd=HERE, capture_output=True, text=True)
-    versions = {name: version(name) for name in ("torch", "numpy", "tiktoken", "safetensors")}
-    versions |= {"python": platform.python_version(), "machine": platform.machine(),
-                 "threads": torch.get_num_threads(), "processes": processes()[1]}
+    versions = {name: version(name) for name in ("numpy", "tiktoken", "safetensors")}
+    versions |= {"torch": torch.__version__, "python": platform.python_version(),
+                 "machine": platform.machine(), "threads": torch.get_num_threads(),
+                 "processes": processes()[1]}
     if device.startswith("cuda"):
         versions["gpu"] = torch.cuda.get_device_name(device)
     return {"git_commit": described.stdout.strip(), "versions": versions}
@@ -51,6 +51,10 @@ def peak_memory(device: str) -> float:
     """The highest memory so far in GB: of the GPU where there is one, else of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -92,9 +96,7 @@ def describe(answers: list[Answer], means: Means, args) -> dict:
     if "value_loss" in sums:
         metrics["value_loss"] = sums["value_loss"] / optimizer_steps
         metrics["critic_grad_norm"] = largest["critic_grad_norm"]
-    for status in STATUSES:
-        metrics[f"share_{status}"] = statuses.count(status) / len(answers)
-    return metrics
+    return metrics | {f"share_{name}": statuses.count(name) / len(answers) for name in STATUSES}
 
 
 class Run:
@@ -109,9 +111,8 @@ class Run:
         name = f"{algorithm}-{Path(args.model).name}-{args.reward}-{time.strftime('%m%d-%H%M%S')}"
         args.name = args.name or from_rank_0(lambda: name)
         self.args, self.folder, self.step = args, RUNS / args.name, 0
-        self.checkpoint: Path | None = None  # the newest that can be resumed
-        self.stop_signal: int | None = None
-        self.is_main = processes()[0] == 0
+        self.checkpoint = self.stop_signal = self.stopping = None  # a path; numbers of signals
+        self.unsaved, self.early, self.is_main = False, [], processes()[0] == 0
         if self.is_main:
             with torch.device("meta"):
                 model = GPT(GPTConfig.from_hf(read_json(folder / "config.json")))
@@ -125,19 +126,20 @@ class Run:
             path = self.folder / f"process_{processes()[0]}.log"
             sys.stdout = sys.stderr = open(path, "a", encoding="utf-8", buffering=1)
             sys.stderr.write(said)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+        signal.signal(signal.SIGINT, self.on_signal)
+        signal.signal(signal.SIGTERM, self.on_signal)
 
     def prepare(self, algorithm: str, parameters: int):
         """Make the folder, or find the checkpoint to resume from and cut the logs back to it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.hold()
         path, here = self.folder / "config.json", provenance(self.args.device)
         config = {"algorithm": algorithm, "settings": vars(self.args) | {"resume": False}, **here}
         if self.args.resume:
             self.rewind()
             before = read_json(path)
             for what, now in here["versions"].items():
-                was = before["versions"].get(what)
-                if was != now:
+                if (was := before["versions"].get(what)) != now:
                     say(f"the run began with {what} {was} and goes on with {now}: the last bits of "
                         "its sums may differ")
             resumes = [*before.get("resumes", []), {"step": self.step, **here}]
@@ -145,15 +147,27 @@ class Run:
         elif path.exists():
             raise ValueError(f"{self.folder} already holds a run: go on with it by --resume, or "
                              "choose another --name")
-        self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
-        needed = parameters * 3 * 4  # float32 weights and AdamW's two moments
-        if free < needed:
+        size = parameters * 3 * 4  # float32 weights and AdamW's two moments
+        if free < (size if self.checkpoint else 2 * size):
             raise ValueError(f"{self.folder} has {free / 1e9:.2f} GB free, but a checkpoint takes "
-                             f"{needed / 1e9:.2f} GB: free some space, or set SA_RUNS to a folder "
-                             "on a larger disk")
+                             f"{size / 1e9:.2f} GB, and for a while there are two: free some, or "
+                             "set SA_RUNS to a folder on a larger disk")
         write_atomically(path, json.dumps(config, indent=2))
-        self.logs = {name: open(self.folder / name, "a", encoding="utf-8") for name in LOGS}
+        self.logs = {name: open(self.folder / name, "ab") for name in LOGS}
+
+    def hold(self):
+        """Keep other jobs out until this process ends, be it by kill -9, or has another run."""
+        path = self.folder / "lock"
+        Run.held = open(path, "ab")  # of the class: the run before lets go
+        try:
+            lock(Run.held, wait=False)
+        except BlockingIOError:
+            raise ValueError(f"{self.folder} is in use by {path.read_text('utf-8')}: wait until it "
+                             "ends, or choose another --name") from None
+        except OSError as error:
+            say(f"{self.folder} is not locked ({error}): start no other job with this --name")
+        path.write_text(f"process {os.getpid()} on {platform.node()} since {time.ctime()}", "utf-8")
 
     def rewind(self):
         """Take up the newest checkpoint, if there is one, and drop what was logged after it."""
@@ -168,11 +182,21 @@ class Run:
             say(f"{self.folder} has no checkpoint yet: starting at the first step")
         self.step = state["step"]
         for name, size in state["log_bytes"].items():
-            if (self.folder / name).exists():
-                os.truncate(self.folder / name, size)
+            path = self.folder / name
+            with open(path, "ab+") as log:
+                found = log.tell()
+                log.seek(max(size - 1, 0))
+                if found and size and log.read(1) != b"\n":
+                    raise ValueError(f"{path} was changed: no line ends at byte {size}, where step "
+                                     f"{self.step} did; put it back, or move it away")
+                log.truncate(min(size, found))
+            if found != size:
+                say(f"{path} has {found} bytes, {size} after step {self.step}: cut, or begun anew")
 
     def on_signal(self, number, frame):
-        if self.stop_signal is not None:  # the second time: at once
+        evaluating = not self.unsaved and not self.stopping  # of the process that saves
+        if self.stop_signal or evaluating:  # the second time, or nothing to lose
+            say("stopped, --resume goes on")
             raise SystemExit(128 + number)
         self.stop_signal = number
         say(f"{signal.Signals(number).name}: finishing this step, then saving (again to stop now)")
@@ -182,8 +206,7 @@ class Run:
         first, total = self.step, self.args.steps
         self.bar = tqdm(range(first, total), initial=first, total=total, desc=title)
         for step in self.bar:
-            self.seconds, self.lap_start = {}, time.perf_counter()
-            self.stopping = None
+            self.unsaved, self.seconds, self.lap_start = True, {}, time.perf_counter()
             yield step
             if self.stopping:
                 break
@@ -203,14 +226,13 @@ class Run:
         path = self.folder / f"bad_batch_step_{step:06d}{f'_process_{rank}' if rank else ''}.json"
         rows = [plain(record(a, step)) for a in batch]
         write_atomically(path, json.dumps(rows, ensure_ascii=False))
-        newest = self.newest_checkpoint() or "not there yet"
         raise ValueError(f"the {what} of step {step} is not finite; this update was not made, the "
-                         f"batch is in {path}, and the newest checkpoint is {newest}: try a lower "
-                         "--lr")
+                         f"batch is in {path}, and {self.newest_checkpoint() or 'no checkpoint'} "
+                         "is the newest: try a lower --lr")
 
     def log(self, name: str, row: dict):
         if self.is_main:
-            self.logs[name].write(json.dumps(plain(row), ensure_ascii=False) + "\n")
+            self.logs[name].write(f"{json.dumps(plain(row), ensure_ascii=False)}\n".encode())
             self.logs[name].flush()
 
     def log_step(self, answers: list[Answer], means: Means, **own):
@@ -221,38 +243,44 @@ class Run:
         self.log("metrics.jsonl", {"step": self.step} | metrics)
         for answer in answers:
             self.log("completions.jsonl", record(answer, self.step))
+        self.look_out(answers, metrics["unfinished"])
         rate = metrics["tokens"] / sum(self.seconds.values())
         self.bar.set_postfix(reward=f"{metrics['reward']:.3f}", acc=f"{metrics['accuracy']:.2f}",
                              len=f"{metrics['length_mean']:.0f}", tok_s=f"{rate:.0f}")
 
+    def look_out(self, answers: list[Answer], unfinished: float):
+        """Say after five steps what would make the others useless."""
+        self.early.append((unfinished, any(a.advantage.any() for a in answers)))
+        unfinished, signals = map(sum, zip(*self.early))
+        if len(self.early) == 5 and unfinished > 0.9 * 5:
+            say("more than 90 % of the answers of five steps are unfinished: is --max-new-tokens "
+                "too low, or the stop token another one? completions.jsonl has them")
+        if len(self.early) == 5 and not signals:
+            say("no group had any signal in five steps: is --data too easy, too hard, or not what "
+                "the verifier reads? completions.jsonl has answers, references and verdicts")
+
     def evaluation_due(self) -> bool:
-        """Whether --eval-every asks for an evaluation now."""
-        every = self.args.eval_every
-        return every > 0 and (self.step % every == 0 or self.step == self.args.steps)
+        """Whether --eval-every asks for an evaluation now: before step 1, or just after a save."""
+        every, last = self.args.eval_every, self.step == self.args.steps
+        return every > 0 and not self.stopping and (last or self.step % every == 0)
 
     def checkpoint_due(self) -> bool:
-        """Whether to save now. A collective: a signal to one process stops all of them.
-
-        The flag is read here, once; a signal that arrives later is honoured after the next step.
-        """
+        """Whether to save now. A collective: a signal that one process got by now stops all."""
         self.stopping = self.stop_signal
         if processes()[1] > 1:
             number = torch.tensor(self.stop_signal or 0)
             dist.all_reduce(number, dist.ReduceOp.MAX)
             self.stopping = number.item()
-        last = self.step == self.args.steps
-        return bool(self.stopping) or last or self.step % self.args.save_every == 0
+        due = self.evaluation_due() or self.step == self.args.steps
+        return bool(self.stopping) or due or self.step % self.args.save_every == 0
 
     def finish(self, script: str) -> dict[str, dict]:
         """Say where everything is. Returns the first and the last evaluation, by name.
-
-        After a signal: say how to go on, and exit with the status that shells expect.
-        """
+        After a signal: say how to go on, and exit with the status that shells expect."""
         newest = self.newest_checkpoint()
-        if self.step < self.args.steps:
-            if self.is_main:
-                print(f"stopped and saved {newest.name}; go on with: python {script} --name "
-                      f"{self.args.name} --resume", file=sys.stderr)
+        if self.stopping:
+            say(f"stopped and saved {newest.name}; go on with: python {script} --name "
+                f"{self.args.name} --resume")
             sys.exit(128 + self.stopping)
         if not self.is_main:
             return {}
@@ -262,15 +290,12 @@ class Run:
         return {f"step {row['step']}" if row["step"] else "base": row for row in rows}
 
     def newest_checkpoint(self) -> Path | None:
-        found = sorted(path.parent for path in self.folder.glob("step_*[0-9]/state.json"))
-        whole = [path for path in found if (path / "optimizer.safetensors").exists()]
-        return whole[-1] if whole else None
+        found = sorted(self.folder.glob("step_*[0-9]/optimizer.safetensors"))
+        return found[-1].parent if found else None
 
     def save(self, tokenizer, policy, optimizer, critic=None, critic_optimizer=None):
         """Write step_XXXXXX/: a model folder, and what --resume needs; only the newest keeps that.
-
-        PPO has a critic. A collective.
-        """
+        A collective."""
         place = self.folder / f"step_{self.step:06d}"
         scratch = place.with_suffix(".tmp")
         if self.is_main:
@@ -290,13 +315,14 @@ class Run:
         sizes = {name: (self.folder / name).stat().st_size for name in LOGS}
         state = {"step": self.step, "log_bytes": sizes}
         write_atomically(scratch / "state.json", json.dumps(state))
-        os.sync()  # the checkpoint and the logs are on the disk before it gets its name
+        if hasattr(os, "sync"):  # the checkpoint and the logs are on the disk before it has a name
+            os.sync()
         shutil.rmtree(place, ignore_errors=True)  # one without optimizer state
         scratch.rename(place)
-        for name in ("optimizer", "critic", "critic_optimizer"):
-            for older in self.folder.glob(f"step_*/{name}.safetensors"):
-                if older.parent != place:
-                    older.unlink()
+        for older in self.folder.glob("step_*/*.safetensors"):
+            if older.parent != place and older.stem in ("optimizer", "critic", "critic_optimizer"):
+                older.unlink()
+        self.unsaved = False
 
 
 def say(note: str):
@@ -320,19 +346,15 @@ def warn_if_large(args, parameters: int, models: int):
     # float32: weights, gradients and two moments of each; the frozen start where a KL is asked for
     memory = parameters * 4 * (4 * models + (args.kl_coef > 0)) / 1e9
     say(f"{parameters / 1e9:.2f}B parameters on a CPU: about {memory:.0f} GB of memory besides "
-        f"activations, and for a step of {tokens:,} tokens, the most it can have, about "
-        f"{minutes:,.0f} minutes at 200 GFLOP/s; --prompts-per-step, --samples and "
-        "--max-new-tokens make it shorter")
+        f"activations, and for a step of up to {tokens:,} tokens about {minutes:,.0f} minutes at "
+        "200 GFLOP/s; --prompts-per-step, --samples and --max-new-tokens make it shorter")
 
 
 # ---- checkpoints: whole tensors under their names, for any number of processes ----
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path):
-    """Write {name: tensor}. Rank 0 gathers and holds them all.
-
-    torch.distributed.checkpoint is not used, because its metadata file is a pickle.
-    """
+    """Write {name: tensor}; rank 0 gathers them. (torch.distributed.checkpoint writes a pickle.)"""
     whole = {}
     for name, tensor in tensors.items():
         tensor = all_gather(tensor)
@@ -360,12 +382,9 @@ def load_parameters(path: Path, model):
 @torch.no_grad()
 def load_optimizer(path: Path, model, optimizer):
     """Put what `adam_state` named back, bit for bit."""
-    parameters = dict(model.named_parameters())
-    with open_tensors(path) as file:
-        names = list(file.keys())
-    for name in names:
+    for name in open_tensors(path).keys():
         parameter, key = name.rsplit(".", 1)
-        p = parameters[parameter]
+        p = model.get_parameter(parameter)
         step = torch.zeros((), device=p.device)
         optimizer.state[p][key] = torch.zeros_like(p) if key.startswith("exp_avg") else step
         load_into(path, name, optimizer.state[p][key])

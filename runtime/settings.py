@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from data.files import read_json
+from kernels import fast_bfloat16
 from runtime import parallel, runs
 from sar import GROUP_REWARDS, REWARDS
 from verify import STATUSES, VERIFIERS, Verdict, judge
@@ -79,7 +80,7 @@ share = checked(float, lambda x: 0 <= x <= 1, "between 0 and 1")
 
 def model_name(text: str) -> str:
     """A folder as an absolute path, which stays true in another working directory; or a name."""
-    folder = Path(text).expanduser()
+    folder = Path(os.path.expanduser(text))  # ~nobody stays as it is
     return str(folder.resolve()) if text != "tiny" and folder.is_dir() else text
 
 
@@ -87,7 +88,7 @@ def data_names(text: str) -> str:
     """Names and files, separated by commas, with the files as absolute paths."""
     names = []
     for name in text.split(","):
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         names.append(str(path.resolve()) if path.is_file() else name)
     return ",".join(names)
 
@@ -183,7 +184,7 @@ def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
         "memory holds)")
     add("--device", help="(default: a GPU if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the matmuls; weights and optimizer "
-        "are float32 (default: bfloat16 on a GPU, float32 on a CPU)")
+        "are float32 (default: bfloat16 on a GPU from Ampere on, else float32)")
     return parser
 
 
@@ -203,9 +204,9 @@ def parse(parser: Parser, algorithm: str, argv: list[str] | None = None) -> argp
     if args.reward == "cde" and args.alpha_end is None:
         args.alpha_end = 0.0  # curiosity decays
     args.device = choose_device(args.device)
-    on_gpu = args.device.startswith("cuda")
-    args.micro_tokens = args.micro_tokens or (8192 if args.model == "tiny" or on_gpu else 512)
-    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    if not args.micro_tokens:
+        args.micro_tokens = 512 if args.device == "cpu" and args.model != "tiny" else 8192
+    args.dtype = args.dtype or ("bfloat16" if fast_bfloat16(args.device) else "float32")
     prompts = args.prompts_per_step
     args.minibatch = args.minibatch or (prompts if prompts % 2 else prompts // 2)
     if prompts % args.minibatch:
@@ -232,11 +233,11 @@ def take_saved_settings(args: argparse.Namespace, algorithm: str):
         args.resume = False
         return
     config = read_json(path)
-    if config["algorithm"] != algorithm:
-        raise ValueError(f"{args.name} is a run of train_sa_{config['algorithm']}.py: resume it "
-                         "with that script")
-    saved, free = config["settings"], set(FREE_ON_RESUME)
-    if vars(args).keys() != saved.keys():
+    if config.get("algorithm") != algorithm:
+        raise ValueError(f"{args.name} is a run of train_sa_{config.get('algorithm')}.py: resume "
+                         "it with that script")
+    saved, free = config.get("settings"), set(FREE_ON_RESUME)
+    if not isinstance(saved, dict) or vars(args).keys() != saved.keys():
         raise ValueError(f"{path} was written by another version of this code, with other flags: "
                          "resume the run with that version")
     if saved["data"] == "tiny" or (saved["eval_every"] > 0) == ((args.eval_every or 0) > 0):
@@ -259,9 +260,9 @@ def choose_device(device: str | None) -> str:
     """The device asked for, else a GPU if there is one; under torchrun each process its own."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     device = device or ("cuda" if gpus else "cpu")
-    if device != "cpu" and device not in gpus and not (device == "cuda" and gpus):
+    if device not in ("cpu", *gpus, "cuda" if gpus else "cpu"):
         raise ValueError(f"--device {device} is not here: there is {', '.join(['cpu', *gpus])}")
     if device.startswith("cuda") and parallel.processes()[1] > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', parallel.processes()[0] % len(gpus))}"
         torch.cuda.set_device(device)
     return device

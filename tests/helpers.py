@@ -1,6 +1,7 @@
 """What several test files of whole runs share."""
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 slow = pytest.mark.skipif(not os.environ.get("SA_SLOW"), reason="SA_SLOW=1 runs it")
+PIN = re.search(r"torch==(\S+)", (ROOT / "requirements.txt").read_text("utf-8"))[1]
+PINNED = torch.__version__.split("+")[0] == PIN  # what is promised for this version alone
 TIMES = {"seconds_sampling", "seconds_scoring", "seconds_update", "peak_memory_gb"}
 
 KILL = """

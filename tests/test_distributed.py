@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from bench import memory
+from data import files
 from model import GPT, GPTConfig
 from sar import micro_batches
 
@@ -308,6 +309,19 @@ def test_killed_restarted_and_resumed_equals_undisturbed(tmp_path):
     for name in ("model", "optimizer"):
         file = f"step_000004/{name}.safetensors"
         assert (a / file).read_bytes() == (b / file).read_bytes()
+
+
+@slow
+def test_a_run_that_another_job_holds_is_refused(tmp_path):
+    alone([("grpo", [*GRPO, "--name", "held", "--steps", "1"])], tmp_path)
+    with open(tmp_path / "held" / "lock", "r+") as file:
+        assert files.lock(file, wait=False) is None
+        said = file.read()
+        done = torchrun(2, WORKER, json.dumps([("grpo", ["--name", "held", "--resume"])]),
+                        folder=tmp_path, check=False)
+        assert done.returncode != 0 and f"is in use by {said}: wait" in done.stderr
+    torchrun(2, WORKER, json.dumps([("grpo", ["--name", "held", "--resume", "--steps", "2"])]),
+             folder=tmp_path)
 
 
 @slow

@@ -152,7 +152,8 @@ def test_usage_says_what_every_metric_and_variable_means(plain):
     assert not {name for name in plain | ppo if f"`{name}`" not in USAGE}
     for run in ("plain", "ppo"):
         assert {path.name for path in (runs.RUNS / run).iterdir()} == {
-            "config.json", "metrics.jsonl", "completions.jsonl", "evals.jsonl", "step_000001"}
+            "config.json", "metrics.jsonl", "completions.jsonl", "evals.jsonl", "lock",
+            "step_000001"}
     sources = [text(path) for folder in (".", "runtime", "data")
                for path in (ROOT / folder).glob("*.py")]
     variables = re.findall(r"environ(?:\.get\(|\[)\"((?:SA|HF)_\w+)\"", "\n".join(sources))

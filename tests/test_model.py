@@ -3,10 +3,12 @@
 import copy
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from make_model_vectors import CASES, LENGTH, VECTORS, tokens, weights
 from safetensors.torch import load_file, save_file
 
 import kernels
+import model as model_module
 from model import GPT, GPTConfig, KVCache
 
 STORED = json.loads((VECTORS / "cases.json").read_text())
@@ -349,6 +352,52 @@ def test_everything_works_without_onednn(monkeypatch):
     with model.packed():
         assert model.packed_unembedding is None and model.blocks[0].qkv.packed is None
         assert torch.equal(logits(model, ids), want)
+
+
+@pytest.mark.parametrize("error", [AttributeError, NotImplementedError, TypeError])
+def test_private_operators_that_are_gone_or_changed(error, monkeypatch):
+    """Not there, named but not built in (an ARM Mac), or with other arguments."""
+    def broken(*args):
+        raise error
+    ops = SimpleNamespace(_reorder_linear_weight=lambda weight: weight, _linear_pointwise=broken)
+    if error is AttributeError:
+        del ops._reorder_linear_weight
+    monkeypatch.setattr(torch.ops, "mkldnn", ops)
+    fresh = runpy.run_path(kernels.__file__)
+    a, b = torch.randn(3, 70), torch.randn(5, 70)
+    assert not fresh["ONEDNN"] and fresh["pack"](a) is None
+    assert torch.equal(fresh["matmul"](a, b), a @ b.T)
+
+
+def test_what_a_gpu_can_do(monkeypatch):
+    """By its compute capability: bfloat16, and attention to fewer key heads than query heads."""
+    cases = [((7, 5), 2, False), ((8, 0), 2, True), ((9, 0), 2, True), ((8, 0), 4, False),
+             ((7, 0), 4, False)]
+    for capability, itemsize, groups in cases:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert kernels.fast_bfloat16("cuda:0") == (capability >= (8, 0))
+        q = SimpleNamespace(is_cuda=True, itemsize=itemsize, device=torch.device("cuda:1"))
+        assert kernels.takes_groups(q) == groups
+    assert not kernels.fast_bfloat16("cpu")
+    assert kernels.takes_groups(torch.zeros(1)) and kernels.takes_groups(torch.zeros(1).bfloat16())
+
+
+@torch.no_grad()
+def test_keys_are_repeated_where_attention_takes_no_groups(monkeypatch):
+    """With and without a cache: every query head gets its own keys, and the result is the same."""
+    model, ids, seen = random_model("qwen2.5"), torch.randint(0, 40, (2, 9)), []
+    heads = model.config.heads
+    assert model.config.kv_heads < heads
+    attention, want = F.scaled_dot_product_attention, logits(model, ids)
+
+    def watch(q, k, v, **options):
+        seen.append((k.shape[1], v.shape[1], options["enable_gqa"]))
+        return attention(q, k, v, **options)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    monkeypatch.setattr(model_module, "takes_groups", lambda q: False)
+    for cache in (None, KVCache(model.config, 2, 16)):
+        assert share_of_range(logits(model, ids, cache), want) < 1e-5
+    assert set(seen) == {(heads, heads, False)}
 
 
 def test_pack_knows_where_there_is_no_layout():

@@ -15,6 +15,7 @@ from sar import (
     alpha_at,
     answer_hidden,
     answer_logprobs,
+    blocks,
     fused_logprob,
     micro_batches,
     perplexity,
@@ -174,6 +175,15 @@ def test_fused_logprob_holds_tiles_only():
         logprob, entropy = fused_logprob(hidden, unembedding, torch.zeros(N, dtype=torch.long))
         (logprob + entropy).sum().backward()
     assert 2**19 <= largest.elements < 1.2 * 2**19 < N * V / 6
+
+
+def test_sums_are_cut_in_float32_on_a_cpu_alone():
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+    x = torch.randn(3, 200)
+    assert [piece.shape[1] for piece in blocks(x, 64)] == [64, 64, 64, 8]
+    for whole in (x.double(), x.bfloat16(), x.as_subclass(OnGPU)):
+        assert len(blocks(whole, 64)) == 1
 
 
 def test_fused_logprob_edges():

@@ -57,6 +57,13 @@ def test_whitening_by_hand():
     assert three.tolist() == pytest.approx([-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5])
     assert whiten(torch.ones(3)).tolist() == [0, 0, 0]
     assert whiten(torch.ones(1)).tolist() == [0]
+    for dtype in (torch.float32, torch.float64):  # their mean and deviation round
+        for value in (0.1, 1.1, -1234.5678, 1e9 / 3):
+            assert whiten(torch.full((1000,), value, dtype=dtype)).tolist() == [0] * 1000
+    sums = torch.full((1000,), 0.7).double() + torch.rand(1000).double() * 1e-15  # GAE's rounding
+    assert whiten(sums).tolist() == [0] * 1000
+    small = whiten(torch.tensor([1.0, 1.001]).double())  # a difference is a difference
+    assert small.tolist() == pytest.approx([-1 / 2**0.5, 1 / 2**0.5], rel=1e-4)
 
 
 def test_with_zero_critic_and_no_discount_the_advantage_is_the_return():

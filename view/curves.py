@@ -47,7 +47,7 @@ def read_metrics(name: str) -> list[dict]:
     if not (folder / "config.json").exists():
         raise ValueError(f"{name} is no run: neither it nor {folder} has a config.json")
     log = folder / "metrics.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    lines = log.read_text("utf-8").splitlines(keepends=True) if log.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last
     if not rows:
         raise ValueError(f"{folder} has no step yet: metrics.jsonl holds no line")
