@@ -72,8 +72,6 @@ MAX_EXPONENT = 2000        # decimal digits, of 1e2000
 MAX_BITS = 8000            # of an exact number
 MAX_WORK = 6000            # steps of arithmetic for one verdict, about a microsecond each
 
-log = logging.getLogger(__name__)
-
 
 class Verdict(NamedTuple):
     """reward: 1.0 or 0.0; answer: the text that was compared, or None; status: one of STATUSES."""
@@ -101,14 +99,16 @@ def judge(response: str, reference: str, verifier: str = "strict") -> Verdict:
         unparsed = kind is None or kind == "text" and len(answer.split()) > 5
         return Verdict(0.0, answer, "unparsed" if unparsed else "wrong")
     except Exception:  # a bug must not look like a wrong answer, nor stop a run
-        log.exception("verify.judge failed on %.200r, reference %.200r", response, reference)
+        logging.exception("verify.judge failed on %.200r, reference %.200r", response, reference)
         return Verdict(0.0, None, "error")
 
 
 def final_answer(reference: str) -> str:
-    """The answer that a worked solution ends in, by R1 to R3; any other text as it is."""
+    """The answer that a worked solution ends in, behind a last #### or by R1 to R2; else the text."""
+    behind = re.search(r"####([^#\n]*)$", reference)
     worked = "\n" in reference.strip() or _COMMITS.search(reference[-MAX_ANSWER:])
-    return (extract_answer(reference) if worked else None) or reference
+    answer = _trim(behind[1]) if behind else extract_answer(reference) if worked else None
+    return reference.strip() if answer is None else answer
 
 
 def kind_of(answer: str) -> str | None:

@@ -30,7 +30,7 @@ from data.files import file_sha256, one_line, read_json, read_rows
 from data.hub import cache_folder, download, download_lock, endpoint
 from data.prompts import encode_prompt
 from data.tiny_world import tiny_problems
-from verify import extract_answer, kind_of
+from verify import extract_answer, final_answer, kind_of
 
 MAX_PER_SOURCE = 10_000  # problems (the authors' merge_datasets.py)
 TEST_SHARE = 0.08  # of openr1 and numina (the authors' openr1.py)
@@ -51,7 +51,6 @@ LOGIC_SETS = {  # how a question is worded: by us, and by the authors' code
 NAMES = [*SPLIT_SETS, *JSONL_SETS, *LOGIC_SETS]
 EXPECTED = "expected one JSON object a line with question (or problem) and answer"
 NOT_TEXT = "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]"
-WORKED = r"(?i)\n|\\f?box|####|\banswers?[\s*]*(?:is|are|:|=)"  # what only a worked solution has
 
 
 @dataclass
@@ -148,18 +147,6 @@ def text_of(row: dict, where: str, what: str, names: str) -> str:
     return value.strip()
 
 
-def final_answer(text: str) -> str:
-    """The reference in a worked solution, by the rules of verify.py; other text as it is.
-
-    In GSM8K's form it stands in the last line behind ####, with marks such as <<48/2=24>>.
-    """
-    last = re.search(r"####([^#\n]*)$", text)
-    if last:
-        text = re.sub(r"<<[^<>]*>>", "", last[1]).strip()
-    worked = re.search(WORKED, text)
-    return worked and extract_answer(text) or text
-
-
 def at_most(name: str, problems: list[Problem], how: str = "",
             most: int = MAX_PER_SOURCE) -> list[Problem]:
     """The different ones, at most `most`, drawn with a fixed seed. Says on stderr what was kept."""
@@ -208,7 +195,7 @@ def math_problems(split: str) -> list[Problem]:
         members.sort(key=lambda m: (m.name.split("/")[2], int(Path(m.name).stem)))
         for member in members:
             row = json.load(archive.extractfile(member))
-            answer = last_boxed(row["solution"])
+            answer = extract_answer(row["solution"]) or ""
             if is_number(answer):
                 problems.append(Problem(row["problem"].strip(), answer))
     how = f"{len(problems)} of {len(members)} have a numeric answer"
@@ -268,14 +255,6 @@ def prontoqa_problems(name: str) -> list[Problem]:
         parts = sample["context"].strip(), sample["question"].strip()
         problems.append(Problem(LOGIC_SETS[name].format(*parts), options[sample["answer"]]))
     return problems
-
-
-def last_boxed(solution: str) -> str:
-    r"""What the last \boxed{...} or \fbox{...} of a LaTeX solution holds; blank if there is none or
-    it has more than one level of braces, which no number has."""
-    box = r"\\(?:boxed|fbox)\s*(\{(?:[^{}]|\{[^{}]*\})*\}|[^{\s$]+|)"
-    last = ["", *re.findall(box, solution)][-1]
-    return last.removeprefix("{").removesuffix("}").strip().rstrip(".")
 
 
 def is_number(answer: str) -> bool:
