@@ -104,7 +104,7 @@ def judge(response: str, reference: str, verifier: str = "strict") -> Verdict:
 
 
 def final_answer(reference: str) -> str:
-    """The answer that a worked solution ends in, behind a last #### or by R1 to R2; else the text."""
+    """The answer that a worked solution ends in, behind #### or by R1 and R2; else the text."""
     behind = re.search(r"####([^#\n]*)$", reference)
     worked = "\n" in reference.strip() or _COMMITS.search(reference[-MAX_ANSWER:])
     answer = _trim(behind[1]) if behind else extract_answer(reference) if worked else None
