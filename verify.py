@@ -1207,7 +1207,7 @@ def _ends(node):
     """The ends of a region; None is that of 2x < 6. Raises _Unreadable if it is no region."""
     kind, names = _kind(node), _names(node)
     if kind == "rel":
-        _need(len(names) == 1)
+        _need(len(names) == 1 and "in" not in node[1])
         return [None if _names(side) else _end(side) for side in node[2:] if side not in names]
     if kind == "seq":
         ends = [_end(part, infinite=True) for part in node[2:]]
