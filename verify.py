@@ -5,8 +5,7 @@ the reward R_VR.
     extract_answer(response) -> str | None
     is_equivalent(prediction, reference) -> bool
 
-An answer goes through tokens (_tokens), a parser (_Parser), values (_value) and a comparison
-(_same). Nothing is ever executed, and every size is bounded by a constant below.
+An answer goes through _tokens, _Parser, _value and _same. Nothing is executed; sizes are bounded.
 
 Only what a response commits itself to earns reward. The first rule that applies decides:
 
@@ -39,8 +38,7 @@ When two answers are equal (is_equivalent). It is symmetric, and there is no tol
       with a variable and a digit makes an equation. 12 * 4 = 48 is 48 if every link holds, and
       unreadable if one does not. a \approx b states a.
   P8  Text: case, \text wrappers, blanks, periods, (B) for B do not matter. A) 12 cm is choice A.
-  P9  The brackets of a matrix do not matter, its shape and entries do.
-  P10 An inequality in one variable is the interval it describes.
+  P9  The brackets of a matrix do not matter. P10 An inequality in one variable is its interval.
   P11 Equations are equal if terms are moved or both sides multiplied by a nonzero constant.
   P12 a \pm b is the two values. P13 A base must agree where both sides show one: 52_8, 52_7.
   P14 Variables keep their case and names. P15 Digits may be grouped in threes: 1,234 is 1234.
@@ -137,7 +135,7 @@ _MARKER = re.compile(
     r"(?<!/)\banswers?(?:[*_`\"'\s]{0,8}(?::|=|\b(?:is|are|(?:seems?\sto|should|must|will)\sbe)\b)"
     r"|\s(?:to|for|of)\s[^.:=\n]{1,60}?\s(?:is|are)\b)"
     r"|^[^\w\n]{0,12}(?:the\s)?(?:final\s)?answers?[*_ \t]{0,8}(?=$|[-0-9$\\(])", re.I | re.M)
-_NUMBER = (r"(?<![\w.,^_\\])[-\u2212]?(?:\\?\$|[\u20ac\u00a3])?[-\u2212]?"
+_NUMBER = (r"(?<![\w.,^_\\])(?<!\d:)[-\u2212]?(?:\\?\$|[\u20ac\u00a3])?[-\u2212]?"
            r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
            r"(?:\s?/\s?[0-9]+)?(?:\s?\\?%)?(?![0-9^!]|[A-Za-z](?![A-Za-z])|[,.:/][0-9])"
            r"(?:\s(?:[a-z]{1,9}ths?|hal(?:f|ves)|thirds?|quarters?|thousand|hundred|[mbtr]+illion)"
@@ -241,9 +239,10 @@ def _box_content(text, begin):
 
 def _statement(text):
     """R2: what the text after a marker states, or a blank string."""
-    window = re.sub(r"^[*_:=\s]*(?:[-\u2022]\s+(?=[^\n]))?", "", text)[:MAX_ANSWER]
+    window = re.sub(r"^[*_:=\s]*\n\s*[-\u2022]\s+|^[*_:=\s]+", "", text)[:MAX_ANSWER]
     formula = re.match(_FORMULA, window, re.S)
-    if formula and formula[0].strip("$()[]\\ \n"):
+    more = formula and re.match(r"[,;\s]*(?:and|or)?\s*(?:\$|\\\(|[-0-9])", window[formula.end():])
+    if formula and not more and formula[0].strip("$()[]\\ \n"):
         return _trim(formula[0])
     if not formula and re.match(r"\$\$|\\[\[(]|\$\\", window):     # cut off
         return ""
@@ -257,7 +256,8 @@ def _statement(text):
         kind, head = _kind_of(part), re.split(r"[0-9]", part)[0]
         words = [w for w in _WORD.findall(head) if w[0] != "\\" and w not in _PLAIN]
         plain = not words or (head == sentence and len(words) <= 3)  # no words before its number
-        lost = head == part != sentence or (cut != len(clause) and re.search(r"[0-9]", rest))
+        rest = re.match(r", (?:and )?[-$(\\0-9]|.*=", rest) or _DOUBT.search(rest)
+        lost = head == part != sentence or (cut < len(clause) and rest)
         if kind == "choice" or (kind == "value" and plain and not lost):
             return part
     return _stated(line, clause) or _trim(clause)
@@ -373,7 +373,7 @@ def _readings(text):
             readings.append(_parse(_tokens(text, grouping)))
         except _Words:
             form = _text(text)
-            return [_TEXT_VALUES.get(form, ("text", form))]
+            return [_TEXT_VALUES.get(form.removesuffix("s"), ("text", form))]
         except _Unreadable:
             pass
     return readings
@@ -392,8 +392,8 @@ _WRAPPER = (r"\\(?:text|mbox|mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|te
             r"|operatorname)\s?")
 _STYLE = (r"\\(?:displaystyle|textstyle|boldsymbol|underline|bm|large|Large)(?![A-Za-z])"
           r"|\\(?:textcolor|color)\s?\{[^{}]*\}")
-_TEXT_VALUES = {"nosolution": ("set",), "nosolutions": ("set",), "norealsolution": ("set",),
-                "emptyset": ("set",), "allrealnumbers": "ℝ", "allreals": "ℝ"}
+_TEXT_VALUES = {"nosolution": ("set",), "norealsolution": ("set",), "emptyset": ("set",),
+                "allrealnumber": "ℝ", "allreal": "ℝ"}
 _CHOICES = ("a", "b", "c", "d", "e", "true", "false")
 _LABEL = re.compile(rf"(?:{_WRAPPER}\{{)?\(?([A-E])[).:](?:[\s}}~]|\\[\s,;:])+([\w\\$].*)", re.S)
 _GROUPED = re.compile(r"[0-9][ ,][0-9]{3}(?![0-9])")
