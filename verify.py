@@ -184,7 +184,8 @@ def extract_answer(response: str) -> str | None:
     before, closed, _ = text.rpartition("</answer>")
     if closed and "<answer>" in before:
         return _statement(before.rpartition("<answer>")[2]) or None
-    marker, ours = _last(_MARKER, text), _last(_OURS, text)
+    lines = text if "answer" in text.lower() else ""
+    marker, ours = _last(_MARKER, lines), _last(_OURS, lines)
     if ours and (marker is None or ours.end() >= marker.start()):
         before = text[max(0, ours.start() - 300):ours.start()]
         value = _last(_BOLD, before) or _last(_VALUE, before)
@@ -192,13 +193,12 @@ def extract_answer(response: str) -> str | None:
             return _trim(value[0])
     if marker:
         return _statement(text[marker.end():marker.end() + 2 * MAX_ANSWER]) or None
-    if hashes := _last(_HASHES, text):
+    if hashes := "####" in text and _last(_HASHES, text):
         return _trim(hashes[1])
-    bare = _ASIDE.sub("", text).strip()
-    if len(bare) > MAX_ANSWER or "\n" in bare or len(bare.split()) > 1 and any(
-            word[0] != "\\" for word in _WORD.findall(bare)):
-        return None
-    return _trim(bare) or None
+    bare = _ASIDE.sub("", text).strip() if len(text) <= 9 * MAX_ANSWER else ""
+    words = [word for word in _WORD.findall(bare) if word[0] != "\\"]
+    short = len(bare) <= MAX_ANSWER and "\n" not in bare
+    return short and (not words or len(bare.split()) == 1) and _trim(bare) or None
 
 def _last(pattern, text):
     found = None
@@ -1066,7 +1066,6 @@ def _close(z, w):
 # ---- comparison ----
 
 def _at_points(names):
-    """Points for these variables; one without any, none for more than there are values."""
     for values in (_POINTS if names else [()]) if len(names) <= 12 else ():
         yield dict(zip(sorted(names), values))
 
@@ -1240,6 +1239,7 @@ def _end(node, point=None, infinite=False):
     """An end of an interval as a Decimal. Raises _Unreadable where there is none."""
     if node in ("∞", _MINUS_INFINITY) and infinite:
         return Decimal("Infinity" if node == "∞" else "-Infinity")
+    _spend(20)
     real = _try(lambda: _real(_value(node, point or {})))
     _need(real is not None)
     return real
