@@ -22,16 +22,20 @@ from pathlib import Path
 
 import tiktoken
 
-from data.files import read_json
+from data.files import one_line, read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
-         "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
+         "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "vocab.json",
+         "merges.txt")
+BESIDE = ("tokenizer_config.json", "generation_config.json", "config.json",
+          "special_tokens_map.json", "chat_template.json")
 MAX_ID = 2_000_000  # a larger id means a broken file
 MAX_SPACES = 500_000  # tiktoken's splitter overflows its stack on a million spaces in a row
 MARK = "\u2581"  # SentencePiece's visible space
 WHITE_SPACE = ("\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008"
                "\u2009\u200a\u2028\u2029\u202f\u205f\u3000")  # Unicode's; str.strip() has four more
 WHITE_SPACES = re.compile(f"[{WHITE_SPACE}]*")
+LOOKS_SPECIAL = re.compile(r"<[|\uff5c].*[|\uff5c]>").fullmatch  # DeepSeek has wide bars
 # Bytes that a byte-level vocabulary may lack, as SmolLM2's does: control characters, and bytes that
 # UTF-8 uses nowhere (C0, C1, F5 to FF) or only for unassigned code points (F1, F2).
 RARE_BYTES = {*range(9), *range(14, 32), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
@@ -43,7 +47,7 @@ DIGITS_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!
 
 # The steps of SentencePiece-style files; the comments say where the space goes at the front.
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": MARK}  # nowhere
-PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": MARK}, REPLACE]}
+PREPEND = {"type": "Prepend", "prepend": MARK}  # everywhere
 METASPACE = {"type": "Metaspace", "replacement": MARK, "split": False}  # as prepend_scheme says
 SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious",
          "invert": False}  # after REPLACE no space is left to split at
@@ -62,35 +66,45 @@ class Tokenizer:
     """One checkpoint's tokenizer. Build it with Tokenizer.from_pretrained(folder).
 
     special: every special token and its id. Text never becomes one; prompts.py places them by id.
+    marks: special tokens, and added words that look like them (<|User|>): no question places them.
     stop_ids: the ids that end an answer. vocab_size: every id is below it.
     bos_id, eos_id: the beginning- and end-of-text tokens, None where no file names one.
+    names: what the files call bos_token, eos_token and so on, for the chat template.
     adds_bos: whether the tokenizer puts bos_id in front of plain text.
     strips_after, strips_before: ids that swallow the white space on that side of them.
-    chat_template: the checkpoint's Jinja template as text, or None (prompts.py recognises it).
+    chat_template: the checkpoint's Jinja template as text, or None (prompts.py renders it).
+    system, instruction, thinking: of its prompts. system None: the default, prompts.SYSTEM.
+    rows: the tokens that the model of config.json knows.
     """
 
     @classmethod
-    def from_pretrained(cls, folder) -> "Tokenizer":
-        """Read tokenizer.json and, where they exist, tokenizer_config.json, chat_template.jinja,
-        generation_config.json and config.json. Raises FileNotFoundError without a tokenizer.json,
-        ValueError when a file is broken or of an unsupported kind."""
+    def from_pretrained(cls, folder, *, system: str | None = None, instruction: str | None = None,
+                        thinking: bool | None = None) -> "Tokenizer":
+        """Read tokenizer.json and, where they exist, the files beside it. Raises FileNotFoundError
+        without a tokenizer.json, ValueError when a file is broken or of an unsupported kind."""
         path = Path(folder) / "tokenizer.json"
         files = [read_json(path)]
-        for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        for name in BESIDE:
             optional = path.with_name(name)
             files.append(read_json(optional) if optional.exists() else {})
         try:
-            return cls(Path(folder), *files)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path} is not laid out as a tokenizer "
-                             f"({type(error).__name__}: {error}): copy the file again") from error
+            self = cls(Path(folder), *files)
+        except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError,
+                RecursionError) as error:
+            raise ValueError(f"{path} or a file beside it is not laid out as a tokenizer's "
+                             f"({type(error).__name__}: {one_line(error)})") from None
+        self.system, self.instruction, self.thinking = system, instruction, bool(thinking)
+        return self
 
-    def __init__(self, folder: Path, spec: dict, settings: dict, generation: dict, config: dict):
+    def __init__(self, folder: Path, spec: dict, settings: dict, generation: dict, config: dict,
+                 names: dict, template: dict):
         self.folder = folder
         self._read_bpe(spec)
-        self._read_bos_and_eos(spec, settings)
-        self._read_template(settings)
+        self._read_names(spec, names, settings)
+        self._read_template(settings.get("chat_template") or template.get("chat_template"))
         self._read_stop_ids(generation, config)
+        rows = (config.get("text_config") or config).get("vocab_size")
+        self.rows = rows if type(rows) is int else MAX_ID
 
     def _unsupported(self, what):
         return ValueError(f"{self.folder / 'tokenizer.json'}: {what} is not supported (byte-level "
@@ -101,7 +115,8 @@ class Tokenizer:
         model, vocab = spec["model"], spec["model"].get("vocab")
         if model.get("type", "BPE") != "BPE" or not isinstance(vocab, dict):
             raise self._unsupported(f"a model of type {model.get('type')!r}")
-        for option in "dropout continuing_subword_prefix end_of_word_suffix ignore_merges".split():
+        options = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]
+        for option in [*options, "ignore_merges"] if model.get("byte_fallback") else options:
             if model.get(option):
                 raise self._unsupported(f"the model option {option}={model[option]!r}")
         self._read_added(spec["added_tokens"], vocab)
@@ -120,30 +135,30 @@ class Tokenizer:
         self._byte_level = not model.get("byte_fallback")
         read = self._read_byte_level if self._byte_level else self._read_sentencepiece
         read(spec, vocab, merge_results)
-        for word, i in (self.special | self._words).items():
+        for word, i in (self.special | self._words | self._late_words).items():
             self._pieces[i] = word.encode() if self._byte_level else word.replace(MARK, " ")
+        late = {self._normalised(word): i for word, i in self._late_words.items()}
+        self._finders = word_finder(self._words), word_finder(late)
 
     def _read_added(self, added, vocab):
-        """Added tokens: special ones, never made from text, and words that text always matches."""
-        self.special, self._words = {}, {}
+        """Added tokens: special ones, never made from text, and words that text always matches;
+        some of these are matched after the text is normalised."""
+        self.special, self._words, self._late_words = {}, {}, {}
         for token in added:
             content, i = token["content"], token["id"]
-            if vocab.get(content, i) != i:
-                raise self._unsupported(f"the added token {content!r} with two ids")
-            if token["special"]:
-                self.special[content] = i
-            elif content and not token["single_word"] and not token["normalized"]:
-                self._words[content] = i
-            else:
-                raise self._unsupported(f"the added token {content!r}, which is empty or matches "
-                                        f"only single words or normalised text,")
+            if not content or vocab.get(content, i) != i or token["single_word"]:
+                raise self._unsupported(f"the added token {content!r}, which is empty, has two ids "
+                                        f"or matches only single words,")
+            kind = self._late_words if token["normalized"] else self._words
+            kind = self.special if token["special"] else kind
+            kind[content] = i
+        words = self._words | self._late_words
+        self.marks = self.special | {word: words[word] for word in words if LOOKS_SPECIAL(word)}
+        longest_first = sorted(map(re.escape, self.marks), key=len, reverse=True)
+        self.mark = re.compile(f"({'|'.join(longest_first) or '(?!)'})")  # (?!) matches nothing
         self.strips_after = {token["id"] for token in added if token["rstrip"]}
         self.strips_before = {token["id"] for token in added if token["lstrip"]}
         self._special_ids = set(self.special.values())
-        # A word is searched by its first two characters, then by length, the longest first.
-        starts = sorted({re.escape(word[:2]) for word in self._words})
-        self._word_start = re.compile("|".join(starts) or "(?!)")  # (?!) matches nothing
-        self._word_lengths = sorted({len(word) for word in self._words}, reverse=True)
 
     def _set_ranks(self, ids, pattern):
         """ids: joined bytes -> token ids, by rank. pattern: its matches are encoded one by one."""
@@ -153,11 +168,12 @@ class Tokenizer:
                                            mergeable_ranks=ranks, special_tokens={})
 
     def _read_byte_level(self, spec, vocab, merge_results):
-        decoder, normalizer = spec["decoder"], spec.get("normalizer")
-        if decoder["type"] != "ByteLevel" or normalizer not in (None, {"type": "NFC"}):
-            raise self._unsupported(f"the decoder {json.dumps(decoder)[:80]} with the normalizer "
-                                    f"{json.dumps(normalizer)[:80]}")
-        self._nfc = normalizer is not None
+        decoders, normalizers = steps(spec["decoder"], "decoders"), steps(spec.get("normalizer"))
+        decoder_types = [step["type"] for step in decoders]
+        if decoder_types != ["ByteLevel"] or normalizers not in ([], [{"type": "NFC"}]):
+            raise self._unsupported(f"the decoder {json.dumps(decoders)[:80]} with the normalizer "
+                                    f"{json.dumps(normalizers)[:80]}")
+        self._nfc, self._prefix = normalizers != [], "never"
         alphabet = {char: byte for byte, char in enumerate(byte_alphabet())}
         missing = {byte for char, byte in alphabet.items() if char not in vocab}
         if not missing <= RARE_BYTES or missing and spec["model"].get("unk_token"):
@@ -171,7 +187,9 @@ class Tokenizer:
 
         # A missing byte has no ids. (The tokenizers library then also joins its neighbours.)
         ids = {bytes([byte]): () for byte in range(256)}
-        for piece in [*alphabet, *merge_results]:
+        # With ignore_merges a stretch that is a piece stays whole. So does one in tiktoken.
+        whole = vocab if spec["model"].get("ignore_merges") else ()
+        for piece in dict.fromkeys([*alphabet, *merge_results, *whole]):
             if piece in vocab:
                 ids[spelled(piece)] = (vocab[piece],)
         self._set_ranks(ids, self._read_pattern(spec["pre_tokenizer"]))
@@ -180,8 +198,8 @@ class Tokenizer:
             self._pieces[i] = spelled(piece)
 
     def _read_pattern(self, pre_tokenizer):
-        steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])  # more than one: a Sequence
-        kinds, first, last = [step["type"] for step in steps], steps[0], steps[-1]
+        split = steps(pre_tokenizer, "pretokenizers")
+        kinds, first, last = [step["type"] for step in split], split[0], split[-1]
         if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
             own_pattern = last.get("use_regex", True)
             if kinds == ["ByteLevel"] and own_pattern:
@@ -195,22 +213,23 @@ class Tokenizer:
         raise self._unsupported(f"the pre_tokenizer {json.dumps(pre_tokenizer)[:120]}")
 
     def _read_sentencepiece(self, spec, vocab, merge_results):
-        normalizer, pre_tokenizer = spec.get("normalizer"), spec.get("pre_tokenizer")
-        if normalizer == PREPEND and pre_tokenizer is None:
+        normalizers = steps(spec.get("normalizer"))
+        split = steps(spec.get("pre_tokenizer"), "pretokenizers")
+        if normalizers == [PREPEND, REPLACE] and not split:
             self._prefix = "always"
-        elif normalizer == REPLACE and pre_tokenizer in (None, SPLIT):
+        elif normalizers == [REPLACE] and split in ([], [SPLIT]):
             self._prefix = "never"
-        elif normalizer is None and (pre_tokenizer or {}).items() >= METASPACE.items():
+        elif not normalizers and len(split) == 1 and split[0].items() >= METASPACE.items():
             schemes = {"always": "unless spaced", "first": "at start", "never": "never"}
-            self._prefix = schemes[pre_tokenizer["prepend_scheme"]]
+            self._prefix = schemes[split[0]["prepend_scheme"]]
         else:
-            raise self._unsupported(f"the normalizer {json.dumps(normalizer)[:160]} with the "
-                                    f"pre_tokenizer {json.dumps(pre_tokenizer)[:80]}")
-        steps = spec["decoder"].get("decoders", [])
-        self._strip_first = STRIP in steps
+            raise self._unsupported(f"the normalizer {json.dumps(normalizers)[:160]} with the "
+                                    f"pre_tokenizer {json.dumps(split)[:80]}")
+        decoders = steps(spec["decoder"], "decoders")
+        self._strip_first = STRIP in decoders
         kinds = ["Replace", "ByteFallback", "Fuse"] + ["Strip"] * self._strip_first
-        if [step["type"] for step in steps] != kinds:
-            raise self._unsupported(f"the decoder {json.dumps(spec['decoder'])[:120]}")
+        if [step["type"] for step in decoders] != kinds:
+            raise self._unsupported(f"the decoder {json.dumps(decoders)[:120]}")
         byte_names = [f"<0x{byte:02X}>" for byte in range(256)]
         if not vocab.keys() >= {*byte_names, MARK}:
             raise self._unsupported(f"a vocabulary that lacks {MARK} or some of <0x00> to <0xFF>")
@@ -245,23 +264,29 @@ class Tokenizer:
                 rank = self._tiktoken.encode_single_token(piece)
                 self._ids[rank] = tuple(chain(*(self._ids[part] for part in made)))
 
-    def _read_bos_and_eos(self, spec, settings):
-        known = self._words | self.special
-        tokens = [settings.get(key) for key in ("bos_token", "eos_token")]
-        named = [token["content"] if isinstance(token, dict) else token for token in tokens]
-        self.bos_id, self.eos_id = map(known.get, named)
-        adds = settings.get("add_bos_token")
+    def _read_names(self, spec, *sources):
+        """Later sources go before earlier ones, unless they say null."""
+        self.names = {}
+        for key, token in chain.from_iterable(source.items() for source in sources):
+            text = token.get("content") if isinstance(token, dict) else token
+            if key.endswith("_token") and isinstance(text, str):
+                self.names[key] = text
+        known = self._words | self._late_words | self.special
+        self.bos_id = known.get(self.names.get("bos_token"))
+        self.eos_id = known.get(self.names.get("eos_token"))
+        adds = sources[-1].get("add_bos_token")
         if adds is None:
-            post = spec.get("post_processor") or {"type": None}
-            adds = post["type"] == "TemplateProcessing" and "SpecialToken" in post["single"][0]
+            post = steps(spec.get("post_processor"), "processors")
+            templates = [step for step in post if step["type"] == "TemplateProcessing"]
+            adds = any("SpecialToken" in template["single"][0] for template in templates)
         self.adds_bos = self.bos_id is not None and bool(adds)
 
-    def _read_template(self, settings):
-        template, jinja = settings.get("chat_template"), self.folder / "chat_template.jinja"
+    def _read_template(self, template):
+        jinja = self.folder / "chat_template.jinja"
         if jinja.exists():
             template = jinja.read_text(encoding="utf-8", errors="replace")
         if isinstance(template, list):  # several named templates
-            template = {t["name"]: t["template"] for t in template}.get("default")
+            template = {t["name"]: t["template"] for t in template}["default"]
         if not isinstance(template, str | None):
             raise ValueError(f"{self.folder / 'tokenizer_config.json'}: chat_template is no text")
         self.chat_template = template
@@ -278,50 +303,60 @@ class Tokenizer:
                 raise ValueError(f"{self.folder / name}: eos_token_id {ids!r} is no token id")
             self.stop_ids |= set(listed)
         # A base checkpoint often names only its end of text, while its chat frame ends turns with:
-        for end in ("<|im_end|>", "<end_of_turn>", "<|end|>"):
+        for end in ("<|im_end|>", "<end_of_turn>", "<|end|>", "<|eot_id|>"):
             if end in (self.chat_template or "") and end in self.special:
                 self.stop_ids.add(self.special[end])
 
-    def encode(self, text: str, *, at_start: bool = True) -> list[int]:
+    def encode(self, text: str, *, at_start: bool = True, marks: bool = True) -> list[int]:
         """Ids of ordinary text. Nothing is put around it; a spelled-out special token is just text.
 
         Added words that are not special (Qwen3's <think>, Gemma 3's runs of newlines) are found.
         at_start: False behind a special token; some SentencePiece-style tokenizers put a space only
-        at the start of a text. Raises ValueError on a run of half a million white-space characters.
+        at the start of a text. marks: False: words that look special are just text, too.
+        Raises ValueError on a run of half a million white-space characters.
         """
         if len(text) >= MAX_SPACES and re.search(rf"\s{{{MAX_SPACES}}}", text):
             raise ValueError(f"the text has {MAX_SPACES} white-space characters in a row: cut it")
-        ids, done, at = [], 0, 0
-        while found := self._word_start.search(text, at):
+        marked = () if marks else self.marks
+        words, late_words = self._finders
+        ids = []
+        for stretch, word in self._split(text, *words, marked):
+            for part, late_word in self._split(self._normalised(stretch), *late_words, marked):
+                wants_space = self._prefix == "unless spaced"
+                wants_space = wants_space or self._prefix == "at start" and at_start
+                if part and wants_space and not part.startswith(" "):
+                    part = " " + part
+                ranks = self._tiktoken.encode_ordinary(part)
+                ids += [*chain.from_iterable(map(self._ids.__getitem__, ranks)), *late_word]
+                at_start = at_start and not late_word
+            ids += word
+            at_start = False
+        return ids
+
+    def _split(self, text, start_of, lengths, words, marked):
+        """Pairs of a stretch of text and [the id of the added word behind it], at the end []."""
+        done = at = 0
+        while found := start_of.search(text, at):
             start = found.start()
-            spelled = (text[start:start + length] for length in self._word_lengths)
-            word = next((word for word in spelled if word in self._words), None)
+            spelled = (text[start:start + length] for length in lengths)
+            word = next((word for word in spelled if word in words and word not in marked), None)
             if word is None:
                 at = start + 1
                 continue
-            before, i = text[done:start], self._words[word]
+            before, i = text[done:start], words[word]
             at = done = start + len(word)
             if i in self.strips_before:
                 before = before.rstrip(WHITE_SPACE)
             if i in self.strips_after:
                 done = WHITE_SPACES.match(text, at).end()
-            ids += [*self._encode_stretch(before, at_start), i]
-            at_start = False
-        return ids + self._encode_stretch(text[done:], at_start)
+            yield before, [i]
+        yield text[done:], []
 
-    def _encode_stretch(self, text, at_start):
-        """Ids of text between added words: normalise it, encode it, map ranks to ids."""
-        if not text:
-            return []
-        if not self._byte_level:
-            text = text.replace(MARK, " ")
-            wants_space = self._prefix == "unless spaced" or self._prefix == "at start" and at_start
-            if self._prefix == "always" or wants_space and not text.startswith(" "):
-                text = " " + text
-        elif self._nfc:
-            text = unicodedata.normalize("NFC", text)
-        ranks = self._tiktoken.encode_ordinary(text)
-        return list(chain.from_iterable(map(self._ids.__getitem__, ranks)))
+    def _normalised(self, text):
+        if self._byte_level:
+            return unicodedata.normalize("NFC", text) if self._nfc else text
+        text = text.replace(MARK, " ")
+        return " " + text if text and self._prefix == "always" else text
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, without special tokens. Invalid UTF-8, such as half a character, is U+FFFD.
@@ -352,6 +387,20 @@ class Tokenizer:
             source, copy = self.folder / name, folder / name
             if source.is_file() and source.resolve() != copy.resolve():
                 shutil.copyfile(source, copy)
+
+
+def steps(part: dict | None, key: str = "normalizers") -> list[dict]:
+    """The steps of a part of a tokenizer.json, in a Sequence (of Sequences) or alone or none."""
+    if part is None or part["type"] != "Sequence":
+        return [] if part is None else [part]
+    return list(chain.from_iterable(steps(step, key) for step in part[key]))
+
+
+def word_finder(words: dict[str, int]) -> tuple[re.Pattern, list[int], dict[str, int]]:
+    """A word is searched by its first two characters, then by length, the longest first."""
+    starts = sorted({re.escape(word[:2]) for word in words})
+    lengths = sorted({len(word) for word in words}, reverse=True)
+    return re.compile("|".join(starts) or "(?!)"), lengths, words  # (?!) matches nothing
 
 
 def space_pattern(pieces: list[str]) -> str:

@@ -12,6 +12,10 @@ from pathlib import Path
 import torch
 
 from data.files import read_json
+from data.hub import find_model
+from data.prompts import SYSTEM
+from data.tokenizer import Tokenizer
+from model import GPTConfig
 from runtime import parallel, runs
 from sar import GROUP_REWARDS, REWARDS
 from verify import VERIFIERS
@@ -22,6 +26,7 @@ OLD_FLAGS = {
     "--alone": "is gone: ppl(a) is taken after the prompt's frame with an empty question",
 }
 FREE_ON_RESUME = {"steps", "save_every", "slots", "resume", "name", "device", "micro_tokens"}
+PROMPT_FLAGS = ("system", "instruction", "thinking")
 CLUSTER = "Several GPUs: torchrun --standalone --nproc-per-node 8 SCRIPT ... (docs/cluster.md)"
 
 
@@ -89,6 +94,24 @@ def data_names(text: str) -> str:
     return ",".join(names)
 
 
+def prompt_flags(parser: argparse.ArgumentParser):
+    """What is in a prompt beside the question."""
+    add = parser.add_argument
+    add("--system", help="system message, which ppl(a) has too; where a model takes none it opens "
+        f"the question; '': the model's own (default: {SYSTEM} For tiny none)")
+    add("--instruction", help="text behind the question, which ppl(a) is without (default: none)")
+    add("--thinking", action="store_true", default=None, help="let a model think first that asks "
+        "whether it should, as Qwen3 does")
+
+
+def open_model(name: str, args: argparse.Namespace) -> tuple[Path, Tokenizer]:
+    """A model's folder, with a config.json that can be built, and its tokenizer."""
+    folder = find_model(name)
+    GPTConfig.from_hf(read_json(folder / "config.json"))
+    prompt = {key: getattr(args, key) for key in PROMPT_FLAGS}
+    return folder, Tokenizer.from_pretrained(folder, **prompt)
+
+
 # ---- the training scripts ----
 
 
@@ -102,6 +125,7 @@ def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
         "the hub (default: tiny)")
     flag("--data", data_names, "problems: names, or JSONL files with question and answer, "
          "separated by commas")
+    prompt_flags(parser)
     flag("--max-prompt-tokens", positive_int, "longer prompts are skipped and counted; tokens")
     flag("--max-new-tokens", positive_int, "longest answer, stop token included; tokens")
     flag("--reward", str, "sar: R_VR + alpha R_SA; vr: R_VR alone, the plain algorithm; sar-only: "
