@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from data.files import read_json
-from data.hub import find_model
+from data.hub import MODELS, find_model
 from data.prompts import SYSTEM
 from data.tokenizer import Tokenizer
 from model import GPTConfig
@@ -120,9 +120,8 @@ def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
     parser = Parser(description)
     parser.epilog, parser.paper, parser.tiny = CLUSTER, paper, tiny
     add, flag = parser.add_argument, parser.flag
-    add("--model", type=model_name, help="a model folder, or a name: tiny (embedded), qwen-0.5b, "
-        "qwen-1.5b, qwen3-1.7b, qwen3-4b, phi-3.5-mini, gemma3-1b, smollm2-135m, or owner/name on "
-        "the hub (default: tiny)")
+    add("--model", type=model_name, help="a model folder, or a name: tiny (embedded), "
+        f"{', '.join(list(MODELS)[1:])}, or owner/name on the hub (default: tiny)")
     flag("--data", data_names, "problems: names, or JSONL files with question and answer, "
          "separated by commas")
     prompt_flags(parser)
