@@ -120,7 +120,7 @@ class Tokenizer:
             if model.get(option):
                 raise self._unsupported(f"the model option {option}={model[option]!r}")
         self._read_added(spec["added_tokens"], vocab)
-        ids = [*vocab.values(), *self.special.values(), *self._words.values()]
+        ids = [*vocab.values(), *(token["id"] for token in spec["added_tokens"])]
         if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= MAX_ID:
             raise self._unsupported(f"a token id that is no integer from 0 to {MAX_ID - 1}")
         self.vocab_size = 1 + max(ids)
@@ -135,9 +135,9 @@ class Tokenizer:
         self._byte_level = not model.get("byte_fallback")
         read = self._read_byte_level if self._byte_level else self._read_sentencepiece
         read(spec, vocab, merge_results)
-        for word, i in (self.special | self._words | self._late_words).items():
-            self._pieces[i] = word.encode() if self._byte_level else word.replace(MARK, " ")
         late = {self._normalised(word): i for word, i in self._late_words.items()}
+        for word, i in (self.special | self._words | late).items():
+            self._pieces[i] = word.encode() if self._byte_level else word.replace(MARK, " ")
         self._finders = word_finder(self._words), word_finder(late)
 
     def _read_added(self, added, vocab):

@@ -137,6 +137,36 @@ def sentencepiece_spec(rng: random.Random, text: str, *, prefix: bool = True, sc
     }
 
 
+def llama3_spec(rng: random.Random, text: str, *, nfc: bool = True) -> dict:
+    """As Llama 3 and R1-Distill have it: whole pieces first, Sequences, and words of add_tokens."""
+    spec = byte_level_spec(rng, text)
+    spec["model"]["ignore_merges"] = True
+    nothing = {"type": "Sequence", "normalizers": []}
+    inner = [{"type": "NFC"}] if nfc else [nothing]
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [nothing, *inner]}
+    bos = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    start = spec["added_tokens"][1]["id"]
+    ids = {"id": "<|im_start|>", "ids": [start], "tokens": ["<|im_start|>"]}
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    post = [spec["decoder"], {"type": "TemplateProcessing", "single": [bos, sequence],
+                              "pair": [bos, sequence], "special_tokens": {"<|im_start|>": ids}}]
+    spec["post_processor"] = {"type": "Sequence", "processors": post}
+    spec["decoder"] = {"type": "Sequence", "decoders": [spec["decoder"]]}
+    return with_late_words(spec)
+
+
+def with_late_words(spec: dict) -> dict:
+    """The words that transformers' add_tokens adds are found in the normalised text."""
+    ids = [token["id"] for token in spec["added_tokens"]] + [*spec["model"]["vocab"].values()]
+    for i, word in enumerate(["cats", "a b", "</think>s", "<p>h"], 1 + max(ids)):
+        spec["added_tokens"].append(added(word, i, False, normalized=True))
+    return spec
+
+
+def late_words(make, *args, **options) -> dict:
+    return with_late_words(make(*args, **options))
+
+
 def write(folder: Path, spec: dict, **files) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in {"tokenizer": spec, **files}.items():
@@ -327,6 +357,12 @@ KINDS = {
     "metaspace always": (sentencepiece_spec, {"scheme": "always"}),
     "metaspace first": (sentencepiece_spec, {"scheme": "first"}),
     "metaspace never": (sentencepiece_spec, {"scheme": "never"}),
+    "llama 3": (llama3_spec, {}),
+    "r1-distill": (llama3_spec, {"nfc": False}),
+    "late words, prefix": (functools.partial(late_words, sentencepiece_spec), {}),
+    "late words, no prefix": (functools.partial(late_words, sentencepiece_spec), {"prefix": False}),
+    "late words, first": (functools.partial(late_words, sentencepiece_spec), {"scheme": "first"}),
+    "late words, always": (functools.partial(late_words, sentencepiece_spec), {"scheme": "always"}),
 }
 
 
@@ -338,7 +374,7 @@ def test_small_tokenizers_equal_the_library(tmp_path, rng, kind):
     folder = write(tmp_path, make(rng, text, **options))
     tokenizer, theirs = Tokenizer.from_pretrained(folder), library(folder)
     words = ["<think>", "</think>", "</think>  \n", "</s>", " \n</s>\u3000 ", "\n\n\n\n\n", "<p>",
-             "<|im_end|>", "<s>"]
+             "<|im_end|>", "<s>", "cats", " cats", "a b", "</think>s", "<p>h"]
     texts = [OPENING]
     for _ in range(400):
         parts = rng.choices(words, k=3) + [random_text(rng) for _ in range(3)]
@@ -463,6 +499,11 @@ def test_stop_ids_come_from_all_files(tmp_path):
     assert stops(tokenizer_config={"eos_token": {"content": "<|endoftext|>"}}) == {end}
     both = stops(config={"eos_token_id": end}, generation_config={"eos_token_id": [turn, 5]})
     assert both == {end, turn, 5}
+    assert stops(special_tokens_map={"eos_token": "<|endoftext|>"}) == {end}
+    other = {"eos_token": "<|im_end|>"}  # goes first, unless it says null
+    assert stops(special_tokens_map={"eos_token": "x"}, tokenizer_config=other) == {turn}
+    other = {"eos_token": None}
+    assert stops(special_tokens_map={"eos_token": "<|endoftext|>"}, tokenizer_config=other) == {end}
     assert stops(config={"text_config": {"eos_token_id": 0}}) == {0}
     chatml = {"chat_template": "<|im_start|><|im_end|>"}
     assert stops(config={"eos_token_id": end}, tokenizer_config=chatml) == {end, turn}
@@ -512,7 +553,6 @@ def test_nothing_touches_the_network(small, monkeypatch):
 @pytest.mark.parametrize("change, says", [
     (lambda s: s["model"].update(type="Unigram", vocab=[["a", 0.0]]), "Unigram"),
     (lambda s: s["model"].update(dropout=0.1), "dropout"),
-    (lambda s: s["model"].update(ignore_merges=True), "ignore_merges"),
     (lambda s: s["model"].update(merges=[["zz", "q"]]), "merge"),
     (lambda s: s["model"].update(merges=[["a", "b", "c"]]), "merge"),
     (lambda s: s["model"].update(merges=[["a", ""]]), "merge"),
@@ -523,7 +563,7 @@ def test_nothing_touches_the_network(small, monkeypatch):
     (lambda s: s["model"]["vocab"].update(a=10**12), "id"),
     (lambda s: s.update(model=[]), "laid out"),
     (lambda s: s.update(added_tokens=[{"id": 3}]), "laid out"),
-    (lambda s: s["added_tokens"][-1].update(normalized=True), "added token"),
+    (lambda s: s["added_tokens"][-1].update(single_word=True), "added token"),
     (lambda s: s["added_tokens"][-1].update(content=""), "added token"),
     (lambda s: s["added_tokens"][-1].update(content="t"), "added token"),
     (lambda s: s.update(normalizer={"type": "Lowercase"}), "normalizer"),
