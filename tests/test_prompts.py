@@ -22,9 +22,14 @@ from test_tokenizer import (
     write,
 )
 
+import evaluate
+import train_sa_grpo
+import train_sa_ppo
 from data import prompts
+from data.hub import TINY
 from data.prompts import SYSTEM, encode_prompt, opened_thinking
 from data.tokenizer import Tokenizer
+from runtime import parallel
 
 # The frames in templates of our own wording. The first two write newlines as escapes.
 CHATML = (r"{% for m in messages %}"
@@ -219,6 +224,51 @@ def test_thinking_is_a_flag(tmp_path):
     without = encode_prompt(Tokenizer.from_pretrained(folder), "x")
     thinking = Tokenizer.from_pretrained(folder, thinking=True)
     assert without == encode_prompt(thinking, "x") + thinking.encode("<think>\n\n</think>")
+
+
+def tiny_with(folder: Path, template: str, **config) -> str:
+    """The embedded model with another template, and another config.json."""
+    shutil.copytree(TINY, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    config = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+SMALL = ("--data tiny --steps 1 --prompts-per-step 2 --samples 2 --max-new-tokens 9 --kl-coef 0 "
+         "--save-every 1").split()
+
+
+def test_the_contexts_of_a_run(tmp_path, runs, monkeypatch):
+    """ppl(a) has the same system message, an empty user turn, and no instruction."""
+    template = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}<think>"
+    folder = tiny_with(tmp_path / "m", template)
+    seen, score = [], parallel.score
+    monkeypatch.setattr(parallel, "score", lambda model, contexts, *rest: seen.extend(contexts)
+                        or score(model, contexts, *rest))
+    flags = ["--system", "Be brief.", "--instruction", "In one word.", "--name", "x"]
+    train_sa_grpo.main([*SMALL, "--model", folder, *flags])
+    t = Tokenizer.from_pretrained(folder)
+    texts = {t.decode(context) for context in seen}
+    alone = "[system:Be brief.][user:]<think>"
+    assert len(texts) == 3 and alone in texts
+    for text in texts - {alone}:
+        assert text.startswith("[system:Be brief.][user:") and text != alone
+        assert text.endswith(" In one word.]<think>")
+    rows = [json.loads(line) for line in (runs / "x" / "completions.jsonl").open()]
+    assert len(rows) == 4 and all(row["text"].startswith("<think>") for row in rows)
+    with pytest.raises(ValueError, match="--system was Be brief., now Be."):
+        train_sa_grpo.main(["--name", "x", "--resume", "--system", "Be."])
+
+
+@pytest.mark.parametrize("main", [train_sa_grpo.main, train_sa_ppo.main, evaluate.main])
+@pytest.mark.parametrize("config", [
+    {"max_position_embeddings": None}, {"max_position_embeddings": "many"},
+    {"model_type": "llava", "text_config": {"model_type": "llama"}}])
+def test_the_config_is_checked_before_anything_reads_it(tmp_path, runs, main, config):
+    with pytest.raises(ValueError, match="config.json: ") as error:
+        main(["--model", tiny_with(tmp_path / "m", CHATML, **config)])
+    assert "\n" not in str(error.value) and not runs.exists()
 
 
 @pytest.mark.parametrize("frame", TEMPLATES)

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from data.prompts import encode_prompt
 from data.tokenizer import FILES, MARK, Tokenizer, byte_alphabet
+from model import GPTConfig
 
 SHARED = Path(os.environ["SA_SHARED"]) if os.environ.get("SA_SHARED") else None
 MODELS = Path(os.environ["SA_MODELS"]) if os.environ.get("SA_MODELS") else None
@@ -577,6 +579,68 @@ def test_unknown_kinds_are_refused_in_one_sentence(tmp_path, change, says):
         with pytest.raises(ValueError, match=says) as error:
             Tokenizer.from_pretrained(write(tmp_path, spec))
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def paths_in(value, path=()) -> list[tuple]:
+    """Where something can be changed: at most 12 places a dict or list."""
+    items = []
+    if isinstance(value, dict | list):
+        items = list(value.items() if isinstance(value, dict) else enumerate(value))
+    found = [path] if path else []
+    for key, inner in random.sample(items, min(len(items), 12)):
+        found += paths_in(inner, (*path, key))
+    return found
+
+
+ODD = [None, True, 0, -1, 2.5, 1e308, float("nan"), 10**30, "", "x", "\ud800", [], [None], [[]], {},
+       {"type": "x"}, [1, 2]]
+
+
+def mutated(value, rng: random.Random):
+    """A copy with one place gone, renamed or odd."""
+    copy = json.loads(json.dumps(value))
+    *path, last = rng.choice(paths_in(copy))
+    place = copy
+    for key in path:
+        place = place[key]
+    kind = rng.randrange(4)
+    if kind == 0:
+        del place[last]
+    elif kind == 1 and isinstance(place, dict):
+        place[f"{last}x"] = place.pop(last)
+    else:
+        place[last] = rng.choice(ODD)
+    return copy
+
+
+def test_no_change_of_a_file_ends_in_a_traceback(tmp_path, rng):
+    """500 changes of the JSON files of a model: a ValueError of one sentence, or it works."""
+    random.seed(rng.random())
+    cases = json.loads((Path(__file__).parent / "model_vectors" / "cases.json").read_text())
+    makes = [llama3_spec, sentencepiece_spec, functools.partial(byte_level_spec, pattern=None)]
+    specs, worked = [make(rng, OPENING) for make in makes], 0
+    for _ in range(500):
+        files = {
+            "tokenizer": rng.choice(specs),
+            "config": rng.choice(list(cases.values()))["config"] | {"vocab_size": 5000},
+            "tokenizer_config": {"bos_token": {"content": "<s>"}, "add_bos_token": None,
+                                 "chat_template": "{{ bos_token }}{{ messages[0]['content'] }}"},
+            "special_tokens_map": {"eos_token": "</s>"},
+            "generation_config": {"eos_token_id": [1, 2]},
+            "chat_template": {"chat_template": "{{ messages[0]['content'] }}"},
+        }
+        name = rng.choice(list(files))
+        files[name] = mutated(files[name], rng)
+        spec = files.pop("tokenizer")
+        folder = write(tmp_path, spec, **files)
+        try:
+            GPTConfig.from_hf(files["config"])
+            tokenizer = Tokenizer.from_pretrained(folder)
+            tokenizer.decode(encode_prompt(tokenizer, OPENING))
+            worked += 1
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 800, (name, str(error))
+    assert 100 < worked < 450
 
 
 def test_missing_and_broken_files_say_so(tmp_path):
