@@ -152,9 +152,10 @@ def main(argv: list[str] | None = None):
         raise ValueError("--samples at --temperature 0 are all the same: give a --temperature")
     keep_freed_memory()
     names = {"against-": args.against, "": args.model}  # {what file names begin with: the model}
-    opened = {p: settings.open_model(name, args) for p, name in names.items() if name}
-    folders = {prefix: folder for prefix, (folder, _) in opened.items()}
-    tokenizers = {prefix: tokenizer for prefix, (_, tokenizer) in opened.items()}
+    folders, tokenizers = {}, {}
+    for prefix, name in names.items():
+        if name:
+            folders[prefix], tokenizers[prefix] = settings.open_model(name, args)
     room = min(read_json(f / "config.json")["max_position_embeddings"] for f in folders.values())
     args.max_new_tokens = args.max_new_tokens or min(4096, room // 2)
     problems, skipped, longest = load_benchmarks(args, list(tokenizers.values()), room)

@@ -4,13 +4,11 @@ The checkpoint's chat template is rendered as transformers renders it, with a pl
 question, and then cut at special tokens. So a question that spells one stays ordinary text.
 """
 import functools
-import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
+import time
+import tracemalloc
 
 from data.files import one_line
 from data.tokenizer import WHITE_SPACE, Tokenizer
@@ -20,6 +18,7 @@ PLAIN = (  # the frame of a model without a template
     "{{ bos_token if adds_bos }}{% for m in messages %}{{ m.content + '\n\n' if m.role == 'system' "
     "else 'Question: ' + m.content + '\nAnswer:' }}{% endfor %}")
 HOLE = "TheQuestionStandsHere"  # the placeholder
+MOST = 200_000  # of a template: characters that it prints, lines that it runs
 
 
 def encode_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
@@ -69,40 +68,75 @@ def render_prompt(tokenizer: Tokenizer, asked: str) -> str:
     system = tokenizer.system
     if system is None:  # the embedded model knows none
         system = "" if "<|question|>" in template else SYSTEM
-    variables = tokenizer.names | {"adds_bos": tokenizer.adds_bos, "add_generation_prompt": True,
-                                   "enable_thinking": tokenizer.thinking}
-    opening = [{"role": "system", "content": system}]
-    tried, _ = rendered(template, variables, HOLE, opening)
-    if not system or tried.count(HOLE) != 1 or system.strip() not in tried:
-        opening, asked = [], f"{system}\n\n{asked}" if system else asked
-    text, wrong = rendered(template, variables, asked, opening)
+    names = json.dumps(tokenizer.names | {"adds_bos": tokenizer.adds_bos,
+                                          "enable_thinking": tokenizer.thinking})
+    if system:
+        tried, _ = rendered(template, names, system, HOLE)
+        if tried.count(HOLE) != 1 or system.strip() not in tried:
+            system, asked = "", f"{system}\n\n{asked}"
+    text, wrong = rendered(template, names, system, asked)
     if wrong:
-        raise ValueError(f"{tokenizer.folder}: its chat template fails: {one_line(wrong)}")
+        raise ValueError(f"{tokenizer.folder}: its chat template fails: {wrong}")
     return text
 
 
-def rendered(template, variables, asked, opening):
-    messages = [*opening, {"role": "user", "content": asked}]
-    variables = variables | {"messages": messages, "tools": None, "documents": None}
-    return reply_to(json.dumps([template, variables]), os.getpid())
-
-
 @functools.lru_cache(maxsize=4096)
-def reply_to(request: str, process: int) -> list[str]:
-    """The reply of data/render.py, as a child of `process`, this one."""
-    child = renderer(process)
-    print(request, file=child.stdin, flush=True)
-    reply = child.stdout.readline()
-    if not reply:
-        renderer.cache_clear()
-        return ["", "it takes more than 5 seconds or a gigabyte"]
-    return json.loads(reply)
+def rendered(template: str, names: str, system: str, asked: str) -> tuple[str, str]:
+    """(The prompt, what went wrong). A template is a program from outside: it runs in a sandbox,
+    and the lines that it runs, its memory and its products are limited."""
+    lines = 0
+
+    def watch(*event):
+        nonlocal lines
+        lines += 1
+        if lines > MOST or tracemalloc.get_traced_memory()[0] > 500 * MOST:
+            raise ValueError("it runs too long or takes too much memory")
+        return watch
+
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": asked})
+    # {% generation %} only marks what is trained on.
+    template = re.sub(r"({%[-+]?\s*(end)?)generation\b", r"\1with", template)
+    program, before = sandbox(), sys.gettrace()
+    tracemalloc.start()
+    try:
+        program = program.from_string(template)
+        sys.settrace(watch)
+        text = program.render(json.loads(names), messages=messages, add_generation_prompt=True,
+                              tools=None, documents=None)
+        if len(text) > MOST:
+            raise ValueError(f"it prints {len(text)} characters")
+    except Exception as error:
+        return "", f"{type(error).__name__}: {one_line(error)}"
+    finally:
+        sys.settrace(before)
+        tracemalloc.stop()
+    return text, ""
 
 
 @functools.cache
-def renderer(process: int) -> subprocess.Popen:
-    if importlib.util.find_spec("jinja2") is None:
-        raise ValueError("chat templates need jinja2, which is not installed: pip install jinja2")
-    program = [sys.executable, "-I", str(Path(__file__).with_name("render.py"))]
-    return subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+def sandbox():
+    """The environment that transformers renders templates in. Raises ValueError without jinja2."""
+    try:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise ValueError("chat templates need jinja2, which is not there: pip install jinja2"
+                         ) from None
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                         extensions=["jinja2.ext.loopcontrols"])
+    calculate = made.call_binop
+
+    def limited(context, operator, *values):
+        for value in values:
+            size = abs(value) if isinstance(value, int | float) else len(value)
+            if size > 10_000:
+                raise ValueError(f"it multiplies by {size}")
+        return calculate(context, operator, *values)
+
+    def refuse(message):
+        raise ValueError(message)
+
+    made.intercepted_binops, made.call_binop = {"*", "**"}, limited
+    made.filters["tojson"] = lambda x, **how: json.dumps(x, **{"ensure_ascii": False} | how)
+    made.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+    return made

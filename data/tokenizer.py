@@ -22,7 +22,7 @@ from pathlib import Path
 
 import tiktoken
 
-from data.files import one_line, read_json
+from data.files import read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
          "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "vocab.json",
@@ -73,38 +73,34 @@ class Tokenizer:
     adds_bos: whether the tokenizer puts bos_id in front of plain text.
     strips_after, strips_before: ids that swallow the white space on that side of them.
     chat_template: the checkpoint's Jinja template as text, or None (prompts.py renders it).
-    system, instruction, thinking: of its prompts. system None: the default, prompts.SYSTEM.
+    system, instruction, thinking: of its prompts; a script sets them. system None: the default.
     rows: the tokens that the model of config.json knows.
     """
 
+    system, instruction, thinking = None, "", False
+
     @classmethod
-    def from_pretrained(cls, folder, *, system: str | None = None, instruction: str | None = None,
-                        thinking: bool | None = None) -> "Tokenizer":
+    def from_pretrained(cls, folder) -> "Tokenizer":
         """Read tokenizer.json and, where they exist, the files beside it. Raises FileNotFoundError
         without a tokenizer.json, ValueError when a file is broken or of an unsupported kind."""
-        path = Path(folder) / "tokenizer.json"
-        files = [read_json(path)]
-        for name in BESIDE:
-            optional = path.with_name(name)
-            files.append(read_json(optional) if optional.exists() else {})
         try:
-            self = cls(Path(folder), *files)
-        except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError,
-                RecursionError) as error:
-            raise ValueError(f"{path} or a file beside it is not laid out as a tokenizer's "
-                             f"({type(error).__name__}: {one_line(error)})") from None
-        self.system, self.instruction, self.thinking = system, instruction, bool(thinking)
-        return self
+            return cls(Path(folder))
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{folder}: tokenizer.json or a file beside it is not laid out as it "
+                             f"should be ({type(error).__name__}: {error}): copy it again"
+                             ) from error
 
-    def __init__(self, folder: Path, spec: dict, settings: dict, generation: dict, config: dict,
-                 names: dict, template: dict):
+    def __init__(self, folder: Path):
         self.folder = folder
+        spec = read_json(folder / "tokenizer.json")
+        found = [read_json(folder / name) if (folder / name).exists() else {} for name in BESIDE]
+        settings, generation, config, names, template = found
         self._read_bpe(spec)
         self._read_names(spec, names, settings)
         self._read_template(settings.get("chat_template") or template.get("chat_template"))
         self._read_stop_ids(generation, config)
         rows = (config.get("text_config") or config).get("vocab_size")
-        self.rows = rows if type(rows) is int else MAX_ID
+        self.rows = rows if isinstance(rows, int) else MAX_ID
 
     def _unsupported(self, what):
         return ValueError(f"{self.folder / 'tokenizer.json'}: {what} is not supported (byte-level "
@@ -120,7 +116,7 @@ class Tokenizer:
             if model.get(option):
                 raise self._unsupported(f"the model option {option}={model[option]!r}")
         self._read_added(spec["added_tokens"], vocab)
-        ids = [*vocab.values(), *(token["id"] for token in spec["added_tokens"])]
+        ids = [*vocab.values(), *self._added.values()]
         if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= MAX_ID:
             raise self._unsupported(f"a token id that is no integer from 0 to {MAX_ID - 1}")
         self.vocab_size = 1 + max(ids)
@@ -135,25 +131,28 @@ class Tokenizer:
         self._byte_level = not model.get("byte_fallback")
         read = self._read_byte_level if self._byte_level else self._read_sentencepiece
         read(spec, vocab, merge_results)
-        late = {self._normalised(word): i for word, i in self._late_words.items()}
-        for word, i in (self.special | self._words | late).items():
+        words, late_words = {}, {}
+        for word, i in self._added.items():
+            if word not in self.special:
+                late = word in self._late
+                word = self._normalised(word) if late else word
+                (late_words if late else words)[word] = i
             self._pieces[i] = word.encode() if self._byte_level else word.replace(MARK, " ")
-        self._finders = word_finder(self._words), word_finder(late)
+        self._words, self._late_words = word_finder(words), word_finder(late_words)
 
     def _read_added(self, added, vocab):
-        """Added tokens: special ones, never made from text, and words that text always matches;
-        some of these are matched after the text is normalised."""
-        self.special, self._words, self._late_words = {}, {}, {}
+        """Special tokens, which text never becomes; words that text always matches; and words that
+        it matches when it has been normalised."""
+        self._added = {token["content"]: token["id"] for token in added}
         for token in added:
-            content, i = token["content"], token["id"]
-            if not content or vocab.get(content, i) != i or token["single_word"]:
-                raise self._unsupported(f"the added token {content!r}, which is empty, has two ids "
-                                        f"or matches only single words,")
-            kind = self._late_words if token["normalized"] else self._words
-            kind = self.special if token["special"] else kind
-            kind[content] = i
-        words = self._words | self._late_words
-        self.marks = self.special | {word: words[word] for word in words if LOOKS_SPECIAL(word)}
+            word = token["content"]
+            if not word or vocab.get(word, token["id"]) != token["id"] or token["single_word"]:
+                raise self._unsupported(f"the added token {word!r}, which is empty, has two ids "
+                                        "or matches only single words,")
+        self.special = {token["content"]: token["id"] for token in added if token["special"]}
+        self._late = {token["content"] for token in added if token["normalized"]}
+        self.marks = {word: i for word, i in self._added.items()
+                      if word in self.special or LOOKS_SPECIAL(word)}
         longest_first = sorted(map(re.escape, self.marks), key=len, reverse=True)
         self.mark = re.compile(f"({'|'.join(longest_first) or '(?!)'})")  # (?!) matches nothing
         self.strips_after = {token["id"] for token in added if token["rstrip"]}
@@ -264,21 +263,18 @@ class Tokenizer:
                 rank = self._tiktoken.encode_single_token(piece)
                 self._ids[rank] = tuple(chain(*(self._ids[part] for part in made)))
 
-    def _read_names(self, spec, *sources):
-        """Later sources go before earlier ones, unless they say null."""
-        self.names = {}
-        for key, token in chain.from_iterable(source.items() for source in sources):
+    def _read_names(self, spec, names, settings):
+        self.names = {}  # those of tokenizer_config.json go first, unless they are null
+        for key, token in [*names.items(), *settings.items()]:
             text = token.get("content") if isinstance(token, dict) else token
-            if key.endswith("_token") and isinstance(text, str):
+            if isinstance(text, str):
                 self.names[key] = text
-        known = self._words | self._late_words | self.special
-        self.bos_id = known.get(self.names.get("bos_token"))
-        self.eos_id = known.get(self.names.get("eos_token"))
-        adds = sources[-1].get("add_bos_token")
+        self.bos_id = self._added.get(self.names.get("bos_token"))
+        self.eos_id = self._added.get(self.names.get("eos_token"))
+        adds = settings.get("add_bos_token")
         if adds is None:
             post = steps(spec.get("post_processor"), "processors")
-            templates = [step for step in post if step["type"] == "TemplateProcessing"]
-            adds = any("SpecialToken" in template["single"][0] for template in templates)
+            adds = any("SpecialToken" in step.get("single", [()])[0] for step in post)
         self.adds_bos = self.bos_id is not None and bool(adds)
 
     def _read_template(self, template):
@@ -318,23 +314,26 @@ class Tokenizer:
         if len(text) >= MAX_SPACES and re.search(rf"\s{{{MAX_SPACES}}}", text):
             raise ValueError(f"the text has {MAX_SPACES} white-space characters in a row: cut it")
         marked = () if marks else self.marks
-        words, late_words = self._finders
         ids = []
-        for stretch, word in self._split(text, *words, marked):
-            for part, late_word in self._split(self._normalised(stretch), *late_words, marked):
-                wants_space = self._prefix == "unless spaced"
-                wants_space = wants_space or self._prefix == "at start" and at_start
-                if part and wants_space and not part.startswith(" "):
-                    part = " " + part
-                ranks = self._tiktoken.encode_ordinary(part)
-                ids += [*chain.from_iterable(map(self._ids.__getitem__, ranks)), *late_word]
-                at_start = at_start and not late_word
-            ids += word
-            at_start = False
+        for part in self._split(text, self._words, marked):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            for piece in self._split(self._normalised(part), self._late_words, marked):
+                if isinstance(piece, int):
+                    ids.append(piece)
+                elif piece:
+                    spaced = self._prefix == "at start" and not at_start or piece.startswith(" ")
+                    if self._prefix in ("at start", "unless spaced") and not spaced:
+                        piece = " " + piece
+                    ranks = self._tiktoken.encode_ordinary(piece)
+                    ids += chain.from_iterable(map(self._ids.__getitem__, ranks))
+                at_start = False
         return ids
 
-    def _split(self, text, start_of, lengths, words, marked):
-        """Pairs of a stretch of text and [the id of the added word behind it], at the end []."""
+    def _split(self, text, finder, marked):
+        """Stretches of text, and between them the ids of the added words that were found."""
+        start_of, lengths, words = finder
         done = at = 0
         while found := start_of.search(text, at):
             start = found.start()
@@ -349,8 +348,8 @@ class Tokenizer:
                 before = before.rstrip(WHITE_SPACE)
             if i in self.strips_after:
                 done = WHITE_SPACES.match(text, at).end()
-            yield before, [i]
-        yield text[done:], []
+            yield from (before, i)
+        yield text[done:]
 
     def _normalised(self, text):
         if self._byte_level:

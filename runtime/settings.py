@@ -26,7 +26,6 @@ OLD_FLAGS = {
     "--alone": "is gone: ppl(a) is taken after the prompt's frame with an empty question",
 }
 FREE_ON_RESUME = {"steps", "save_every", "slots", "resume", "name", "device", "micro_tokens"}
-PROMPT_FLAGS = ("system", "instruction", "thinking")
 CLUSTER = "Several GPUs: torchrun --standalone --nproc-per-node 8 SCRIPT ... (docs/cluster.md)"
 
 
@@ -105,11 +104,13 @@ def prompt_flags(parser: argparse.ArgumentParser):
 
 
 def open_model(name: str, args: argparse.Namespace) -> tuple[Path, Tokenizer]:
-    """A model's folder, with a config.json that can be built, and its tokenizer."""
+    """A model's folder, whose config.json is checked, and its tokenizer with the prompt's flags."""
     folder = find_model(name)
     GPTConfig.from_hf(read_json(folder / "config.json"))
-    prompt = {key: getattr(args, key) for key in PROMPT_FLAGS}
-    return folder, Tokenizer.from_pretrained(folder, **prompt)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer.system, tokenizer.instruction = args.system, args.instruction
+    tokenizer.thinking = bool(args.thinking)
+    return folder, tokenizer
 
 
 # ---- the training scripts ----

@@ -17,7 +17,7 @@ from data.prompts import encode_prompt
 from data.tokenizer import Tokenizer
 from model import GPT
 from runtime.errors import user_errors
-from runtime.settings import PROMPT_FLAGS, Parser
+from runtime.settings import Parser
 from sar import answer_logprobs, perplexity, self_aligned_reward, token_values
 
 STYLE = ("body {font: 16px monospace; max-width: 60em} p {line-height: 2; white-space: pre-wrap} "
@@ -131,8 +131,9 @@ def main(argv: list[str] | None = None) -> None:
         settings = settings_beside(args.completions)
     name = args.model or settings.get("model", "tiny")
     folder = find_model(name)
-    prompt = {key: settings.get(key) for key in PROMPT_FLAGS}
-    tokenizer = Tokenizer.from_pretrained(folder, **prompt)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer.system, tokenizer.instruction = settings.get("system"), settings.get("instruction")
+    tokenizer.thinking = bool(settings.get("thinking"))
     if args.answer:
         end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         answer = tokenizer.encode(args.answer, at_start=False) + end
