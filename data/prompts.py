@@ -68,20 +68,19 @@ def render_prompt(tokenizer: Tokenizer, asked: str) -> str:
     system = tokenizer.system
     if system is None:  # the embedded model knows none
         system = "" if "<|question|>" in template else SYSTEM
-    names = json.dumps(tokenizer.names | {"adds_bos": tokenizer.adds_bos,
-                                          "enable_thinking": tokenizer.thinking})
+    names = tokenizer.names | dict(adds_bos=tokenizer.adds_bos, enable_thinking=tokenizer.thinking)
     if system:
-        tried, _ = rendered(template, names, system, HOLE)
+        tried, _ = rendered(template, system, HOLE, **names)
         if tried.count(HOLE) != 1 or system.strip() not in tried:
             system, asked = "", f"{system}\n\n{asked}"
-    text, wrong = rendered(template, names, system, asked)
+    text, wrong = rendered(template, system, asked, **names)
     if wrong:
         raise ValueError(f"{tokenizer.folder}: its chat template fails: {wrong}")
     return text
 
 
 @functools.lru_cache(maxsize=4096)
-def rendered(template: str, names: str, system: str, asked: str) -> tuple[str, str]:
+def rendered(template: str, system: str, asked: str, **names) -> tuple[str, str]:
     """(The prompt, what went wrong). A template is a program from outside: it runs in a sandbox,
     and the lines that it runs, its memory and its products are limited."""
     lines = 0
@@ -97,13 +96,13 @@ def rendered(template: str, names: str, system: str, asked: str) -> tuple[str, s
     messages.append({"role": "user", "content": asked})
     # {% generation %} only marks what is trained on.
     template = re.sub(r"({%[-+]?\s*(end)?)generation\b", r"\1with", template)
-    program, before = sandbox(), sys.gettrace()
+    environment, before = sandbox(), sys.gettrace()
     tracemalloc.start()
     try:
-        program = program.from_string(template)
+        program = environment.from_string(template)
         sys.settrace(watch)
-        text = program.render(json.loads(names), messages=messages, add_generation_prompt=True,
-                              tools=None, documents=None)
+        text = program.render(names, messages=messages, add_generation_prompt=True, tools=None,
+                              documents=None)
         if len(text) > MOST:
             raise ValueError(f"it prints {len(text)} characters")
     except Exception as error:

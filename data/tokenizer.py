@@ -111,8 +111,7 @@ class Tokenizer:
         model, vocab = spec["model"], spec["model"].get("vocab")
         if model.get("type", "BPE") != "BPE" or not isinstance(vocab, dict):
             raise self._unsupported(f"a model of type {model.get('type')!r}")
-        options = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]
-        for option in [*options, "ignore_merges"] if model.get("byte_fallback") else options:
+        for option in "dropout continuing_subword_prefix end_of_word_suffix".split():
             if model.get(option):
                 raise self._unsupported(f"the model option {option}={model[option]!r}")
         self._read_added(spec["added_tokens"], vocab)
@@ -131,18 +130,19 @@ class Tokenizer:
         self._byte_level = not model.get("byte_fallback")
         read = self._read_byte_level if self._byte_level else self._read_sentencepiece
         read(spec, vocab, merge_results)
-        words, late_words = {}, {}
+        words = {}, {}  # found in the text as it is, found when it is normalised
         for word, i in self._added.items():
-            if word not in self.special:
-                late = word in self._late
-                word = self._normalised(word) if late else word
-                (late_words if late else words)[word] = i
+            late = word in self._late
+            if late:
+                word = self._normalised(word)
+            if i not in self._special_ids:
+                words[late][word] = i
             self._pieces[i] = word.encode() if self._byte_level else word.replace(MARK, " ")
-        self._words, self._late_words = word_finder(words), word_finder(late_words)
+        self._words, self._late_words = map(word_finder, words)
 
     def _read_added(self, added, vocab):
-        """Special tokens, which text never becomes; words that text always matches; and words that
-        it matches when it has been normalised."""
+        """Special tokens, which text never becomes, and words that it always matches; those called
+        normalized when it is normalised."""
         self._added = {token["content"]: token["id"] for token in added}
         for token in added:
             word = token["content"]
@@ -150,6 +150,7 @@ class Tokenizer:
                 raise self._unsupported(f"the added token {word!r}, which is empty, has two ids "
                                         "or matches only single words,")
         self.special = {token["content"]: token["id"] for token in added if token["special"]}
+        self._special_ids = set(self.special.values())
         self._late = {token["content"] for token in added if token["normalized"]}
         self.marks = {word: i for word, i in self._added.items()
                       if word in self.special or LOOKS_SPECIAL(word)}
@@ -157,7 +158,6 @@ class Tokenizer:
         self.mark = re.compile(f"({'|'.join(longest_first) or '(?!)'})")  # (?!) matches nothing
         self.strips_after = {token["id"] for token in added if token["rstrip"]}
         self.strips_before = {token["id"] for token in added if token["lstrip"]}
-        self._special_ids = set(self.special.values())
 
     def _set_ranks(self, ids, pattern):
         """ids: joined bytes -> token ids, by rank. pattern: its matches are encoded one by one."""
@@ -172,7 +172,7 @@ class Tokenizer:
         if decoder_types != ["ByteLevel"] or normalizers not in ([], [{"type": "NFC"}]):
             raise self._unsupported(f"the decoder {json.dumps(decoders)[:80]} with the normalizer "
                                     f"{json.dumps(normalizers)[:80]}")
-        self._nfc, self._prefix = normalizers != [], "never"
+        self._nfc, self._prefix = bool(normalizers), "never"
         alphabet = {char: byte for byte, char in enumerate(byte_alphabet())}
         missing = {byte for char, byte in alphabet.items() if char not in vocab}
         if not missing <= RARE_BYTES or missing and spec["model"].get("unk_token"):
@@ -188,7 +188,7 @@ class Tokenizer:
         ids = {bytes([byte]): () for byte in range(256)}
         # With ignore_merges a stretch that is a piece stays whole. So does one in tiktoken.
         whole = vocab if spec["model"].get("ignore_merges") else ()
-        for piece in dict.fromkeys([*alphabet, *merge_results, *whole]):
+        for piece in [*alphabet, *merge_results, *whole]:
             if piece in vocab:
                 ids[spelled(piece)] = (vocab[piece],)
         self._set_ranks(ids, self._read_pattern(spec["pre_tokenizer"]))
@@ -227,8 +227,8 @@ class Tokenizer:
         decoders = steps(spec["decoder"], "decoders")
         self._strip_first = STRIP in decoders
         kinds = ["Replace", "ByteFallback", "Fuse"] + ["Strip"] * self._strip_first
-        if [step["type"] for step in decoders] != kinds:
-            raise self._unsupported(f"the decoder {json.dumps(decoders)[:120]}")
+        if [step["type"] for step in decoders] != kinds or spec["model"].get("ignore_merges"):
+            raise self._unsupported(f"ignore_merges or the decoder {json.dumps(decoders)[:120]}")
         byte_names = [f"<0x{byte:02X}>" for byte in range(256)]
         if not vocab.keys() >= {*byte_names, MARK}:
             raise self._unsupported(f"a vocabulary that lacks {MARK} or some of <0x00> to <0xFF>")
@@ -267,7 +267,7 @@ class Tokenizer:
         self.names = {}  # those of tokenizer_config.json go first, unless they are null
         for key, token in [*names.items(), *settings.items()]:
             text = token.get("content") if isinstance(token, dict) else token
-            if isinstance(text, str):
+            if isinstance(text, str) and key.endswith("_token"):
                 self.names[key] = text
         self.bos_id = self._added.get(self.names.get("bos_token"))
         self.eos_id = self._added.get(self.names.get("eos_token"))
