@@ -16,6 +16,7 @@ from test_tokenizer import (
     PUBLISHED,
     added,
     byte_level_spec,
+    llama3_spec,
     published,
     random_text,
     sentencepiece_spec,
@@ -29,6 +30,7 @@ from data import prompts
 from data.hub import TINY
 from data.prompts import SYSTEM, encode_prompt, opened_thinking
 from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig
 from runtime import parallel
 
 # The frames in templates of our own wording. The first two write newlines as escapes.
@@ -260,6 +262,32 @@ def test_the_contexts_of_a_run(tmp_path, runs, monkeypatch):
     assert len(rows) == 4 and all(row["text"].startswith("<think>") for row in rows)
     with pytest.raises(ValueError, match="--system was Be brief., now Be."):
         train_sa_grpo.main(["--name", "x", "--resume", "--system", "Be."])
+
+
+@pytest.mark.parametrize("kind, template", [("llama, scaled rope, untied", "llama3"),
+                                            ("qwen2.5", "r1")])
+def test_published_forms_run_end_to_end(tmp_path, runs, kind, template):
+    """Llama 3.x and R1-Distill with random weights: two steps, resumed after the first."""
+    folder = tmp_path / "m"
+    settings = {"chat_template": TEMPLATES[template], "bos_token": "<|im_start|>"}
+    spec = llama3_spec(random.Random(1), OPENING, nfc=template == "r1")
+    last = max(token["id"] for token in spec["added_tokens"])
+    for i, name in enumerate(NAMES[template], last + 1):
+        spec["added_tokens"].append(added(name, i, template == "llama3"))
+    write(folder, spec, tokenizer_config=settings, special_tokens_map={"eos_token": "<|im_end|>"})
+    cases = json.loads((Path(__file__).parent / "model_vectors" / "cases.json").read_text())
+    config = cases[kind]["config"] | {"vocab_size": i + 1, "max_position_embeddings": 1024}
+    GPT(GPTConfig.from_hf(config)).save_pretrained(folder)
+    t = Tokenizer.from_pretrained(folder)
+    assert t.adds_bos and encode_prompt(t, "x")[0] == t.special["<|im_start|>"]
+    flags = [*SMALL, "--model", str(folder), "--name", "x", "--max-prompt-tokens", "900"]
+    train_sa_grpo.main(flags)
+    train_sa_grpo.main(["--name", "x", "--resume", "--steps", "2"])
+    rows = [json.loads(line) for line in (runs / "x" / "completions.jsonl").open()]
+    assert len(rows) == 8
+    assert all(row["text"].startswith("<think>\n") == (template == "r1") for row in rows)
+    evaluate.main(["--model", str(runs / "x" / "step_000002"), "--data", "tiny", "--limit", "1",
+                   "--max-new-tokens", "5"])
 
 
 @pytest.mark.parametrize("main", [train_sa_grpo.main, train_sa_ppo.main, evaluate.main])
