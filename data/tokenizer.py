@@ -313,13 +313,13 @@ class Tokenizer:
         """
         if len(text) >= MAX_SPACES and re.search(rf"\s{{{MAX_SPACES}}}", text):
             raise ValueError(f"the text has {MAX_SPACES} white-space characters in a row: cut it")
-        marked = () if marks else self.marks
+        skipped = () if marks else self.marks.values()
         ids = []
-        for part in self._split(text, self._words, marked):
+        for part in self._split(text, self._words, skipped):
             if isinstance(part, int):
                 ids.append(part)
                 continue
-            for piece in self._split(self._normalised(part), self._late_words, marked):
+            for piece in self._split(self._normalised(part), self._late_words, skipped):
                 if isinstance(piece, int):
                     ids.append(piece)
                 elif piece:
@@ -331,15 +331,15 @@ class Tokenizer:
                 at_start = False
         return ids
 
-    def _split(self, text, finder, marked):
-        """Stretches of text, and between them the ids of the added words that were found."""
+    def _split(self, text, finder, skipped):
+        """Stretches of text, and between them the ids of added words, but for `skipped`."""
         start_of, lengths, words = finder
         done = at = 0
         while found := start_of.search(text, at):
             start = found.start()
             spelled = (text[start:start + length] for length in lengths)
-            word = next((word for word in spelled if word in words and word not in marked), None)
-            if word is None:
+            word = next((word for word in spelled if word in words), None)
+            if word is None or words[word] in skipped:
                 at = start + 1
                 continue
             before, i = text[done:start], words[word]

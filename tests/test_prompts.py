@@ -400,7 +400,7 @@ def check_against_transformers(folder: Path, questions: list[str], folds: bool =
 
 @pytest.mark.parametrize("frame", TEMPLATES)
 def test_small_frames_equal_transformers(tmp_path, frame, rng):
-    questions = QUESTIONS + [random_text(rng) for _ in range(20)]
+    questions = QUESTIONS + [random_text(rng) for _ in range(6)]
     check_against_transformers(make(tmp_path, frame), questions, frame in TAKES_NO_SYSTEM)
 
 

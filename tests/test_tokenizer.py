@@ -160,7 +160,7 @@ def llama3_spec(rng: random.Random, text: str, *, nfc: bool = True) -> dict:
 def with_late_words(spec: dict) -> dict:
     """The words that transformers' add_tokens adds are found in the normalised text."""
     ids = [token["id"] for token in spec["added_tokens"]] + [*spec["model"]["vocab"].values()]
-    for i, word in enumerate(["cats", "a b", "</think>s", "<p>h"], 1 + max(ids)):
+    for i, word in enumerate(["cats", "a b", "</think>s", "<p>h", "<|late|>"], 1 + max(ids)):
         spec["added_tokens"].append(added(word, i, False, normalized=True))
     return spec
 
@@ -376,7 +376,7 @@ def test_small_tokenizers_equal_the_library(tmp_path, rng, kind):
     folder = write(tmp_path, make(rng, text, **options))
     tokenizer, theirs = Tokenizer.from_pretrained(folder), library(folder)
     words = ["<think>", "</think>", "</think>  \n", "</s>", " \n</s>\u3000 ", "\n\n\n\n\n", "<p>",
-             "<|im_end|>", "<s>", "cats", " cats", "a b", "</think>s", "<p>h"]
+             "<|im_end|>", "<s>", "cats", " cats", "a b", "</think>s", "<p>h", " <|late|>"]
     texts = [OPENING]
     for _ in range(400):
         parts = rng.choices(words, k=3) + [random_text(rng) for _ in range(3)]
@@ -384,6 +384,8 @@ def test_small_tokenizers_equal_the_library(tmp_path, rng, kind):
     assert mismatches(tokenizer, theirs, texts) == []
     for ids in random_ids(tokenizer, rng, folder, 300):
         assert tokenizer.decode(ids) == theirs.decode(ids), ids
+    ids = tokenizer.encode("a <|late|> b", marks=False)
+    assert not {*tokenizer.marks.values()} & {*ids} and "<|late|>" in tokenizer.decode(ids)
 
 
 def test_the_embedded_tokenizer_equals_the_library(tokenizer, rng):
