@@ -323,8 +323,8 @@ class Tokenizer:
                 if isinstance(piece, int):
                     ids.append(piece)
                 elif piece:
-                    spaced = self._prefix == "at start" and not at_start or piece.startswith(" ")
-                    if self._prefix in ("at start", "unless spaced") and not spaced:
+                    wants_space = {"unless spaced": True, "at start": at_start}.get(self._prefix)
+                    if wants_space and not piece.startswith(" "):
                         piece = " " + piece
                     ranks = self._tiktoken.encode_ordinary(piece)
                     ids += chain.from_iterable(map(self._ids.__getitem__, ranks))
