@@ -138,7 +138,7 @@ class Tokenizer:
             if i not in self._special_ids:
                 words[late][word] = i
             self._pieces[i] = word.encode() if self._byte_level else word.replace(MARK, " ")
-        self._words, self._late_words = map(word_finder, words)
+        self._words, self._late_words = [(one_of(found), found) for found in words]
 
     def _read_added(self, added, vocab):
         """Special tokens, which text never becomes, and words that it always matches; those called
@@ -154,8 +154,7 @@ class Tokenizer:
         self._late = {token["content"] for token in added if token["normalized"]}
         self.marks = {word: i for word, i in self._added.items()
                       if word in self.special or LOOKS_SPECIAL(word)}
-        longest_first = sorted(map(re.escape, self.marks), key=len, reverse=True)
-        self.mark = re.compile(f"({'|'.join(longest_first) or '(?!)'})")  # (?!) matches nothing
+        self.mark = one_of(self.marks)
         self.strips_after = {token["id"] for token in added if token["rstrip"]}
         self.strips_before = {token["id"] for token in added if token["lstrip"]}
 
@@ -333,21 +332,17 @@ class Tokenizer:
 
     def _split(self, text, finder, skipped):
         """Stretches of text, and between them the ids of added words, but for `skipped`."""
-        start_of, lengths, words = finder
-        done = at = 0
-        while found := start_of.search(text, at):
-            start = found.start()
-            spelled = (text[start:start + length] for length in lengths)
-            word = next((word for word in spelled if word in words), None)
-            if word is None or words[word] in skipped:
-                at = start + 1
+        pattern, words = finder
+        done = 0
+        for found in pattern.finditer(text):
+            i = words[found[0]]
+            if i in skipped:
                 continue
-            before, i = text[done:start], words[word]
-            at = done = start + len(word)
+            before, done = text[done:found.start()], found.end()
             if i in self.strips_before:
                 before = before.rstrip(WHITE_SPACE)
             if i in self.strips_after:
-                done = WHITE_SPACES.match(text, at).end()
+                done = WHITE_SPACES.match(text, done).end()
             yield from (before, i)
         yield text[done:]
 
@@ -395,11 +390,10 @@ def steps(part: dict | None, key: str = "normalizers") -> list[dict]:
     return list(chain.from_iterable(steps(step, key) for step in part[key]))
 
 
-def word_finder(words: dict[str, int]) -> tuple[re.Pattern, list[int], dict[str, int]]:
-    """A word is searched by its first two characters, then by length, the longest first."""
-    starts = sorted({re.escape(word[:2]) for word in words})
-    lengths = sorted({len(word) for word in words}, reverse=True)
-    return re.compile("|".join(starts) or "(?!)"), lengths, words  # (?!) matches nothing
+def one_of(words: Iterable[str]) -> re.Pattern:
+    """A pattern, one group, of any of the words, the longest that fits."""
+    longest_first = sorted(map(re.escape, words), key=len, reverse=True)
+    return re.compile(f"({'|'.join(longest_first) or '(?!)'})")  # (?!) matches nothing
 
 
 def space_pattern(pieces: list[str]) -> str:
