@@ -299,8 +299,8 @@ class Tokenizer:
             self.stop_ids |= set(listed)
         # A base checkpoint often names only its end of text, while its chat frame ends turns with:
         for end in ("<|im_end|>", "<end_of_turn>", "<|end|>", "<|eot_id|>"):
-            if end in (self.chat_template or "") and end in self.special:
-                self.stop_ids.add(self.special[end])
+            if end in (self.chat_template or "") and end in self.marks:
+                self.stop_ids.add(self.marks[end])
 
     def encode(self, text: str, *, at_start: bool = True, marks: bool = True) -> list[int]:
         """Ids of ordinary text. Nothing is put around it; a spelled-out special token is just text.
@@ -315,10 +315,10 @@ class Tokenizer:
         skipped = () if marks else self.marks.values()
         ids = []
         for part in self._split(text, self._words, skipped):
-            if isinstance(part, int):
-                ids.append(part)
-                continue
-            for piece in self._split(self._normalised(part), self._late_words, skipped):
+            pieces = [part]
+            if isinstance(part, str):
+                pieces = self._split(self._normalised(part), self._late_words, skipped)
+            for piece in pieces:
                 if isinstance(piece, int):
                     ids.append(piece)
                 elif piece:
@@ -332,8 +332,7 @@ class Tokenizer:
 
     def _split(self, text, finder, skipped):
         """Stretches of text, and between them the ids of added words, but for `skipped`."""
-        pattern, words = finder
-        done = 0
+        (pattern, words), done = finder, 0
         for found in pattern.finditer(text):
             i = words[found[0]]
             if i in skipped:
