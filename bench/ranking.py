@@ -15,6 +15,7 @@ import re
 
 from tqdm import tqdm
 
+from bench import paper
 from bench.seeds import spread
 from data.hub import find_model
 from data.prompts import SYSTEM, encode_prompt
@@ -26,13 +27,7 @@ from sar import answer_logprobs, self_aligned_reward
 
 MARK = re.compile(r"<<[^<>]*=([^<>=]*)>>")  # 48/2 = <<48/2=24>>24
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
-AUTHORS = (  # of the paper's public code, verl/utils/global_tools.py: system message, instruction
-    "You are a reasoning expert assistant. Given a question, you will use your reasoning skills to "
-    "solve the problem.",
-    "Please explain your reasoning process first. On the final line, output only your answer, a "
-    "single number or fractional expression (e.g. 18, 0.5, \\frac{1}{2}), using the format of "
-    '"Answer: xxx".')
-PROMPTS = {"default": (SYSTEM, ""), "the authors'": AUTHORS,
+PROMPTS = {"default": (SYSTEM, ""), "the authors'": (paper.SYSTEM, paper.INSTRUCTION),
            "trap, a box asked for with the question only": ("", SYSTEM)}
 FIVE = ("concise", "restated and re-checked", "answer only", "wrong", "off-topic")
 
