@@ -27,7 +27,6 @@ import numpy as np
 import torch
 
 from data.files import file_sha256, read_json, write_atomically
-from data.hub import find_model
 from data.problems import NAMES, load_problems
 from data.prompts import encode_prompt
 from data.tokenizer import Tokenizer
@@ -156,6 +155,7 @@ def main(argv: list[str] | None = None):
     flag("--temperature", type=settings.not_negative, default=0.0, help="default: 0, greedy")
     flag("--max-new-tokens", type=positive, help="default: 4096 (paper), or half of the positions")
     flag("--seed", type=int, default=0, help="of every sample (default: 0)")
+    settings.prompt_flags(parser)
     flag("--name", help="folder in runs/; what is there is not run again (default: model and time)")
     flag("--slots", type=positive, help="answers decoded at once (default: what memory holds)")
     flag("--device", help="float32 on a CPU and on GPUs before Ampere (default: a GPU if any)")
@@ -166,10 +166,12 @@ def main(argv: list[str] | None = None):
         raise ValueError("--samples at --temperature 0 are all the same: give a --temperature")
     keep_freed_memory()
     names = {"against-": args.against, "": args.model}  # {what file names begin with: the model}
-    folders = {prefix: find_model(name) for prefix, name in names.items() if name}
+    folders, tokenizers = {}, {}
+    for prefix, name in names.items():
+        if name:
+            folders[prefix], tokenizers[prefix] = settings.open_model(name, args)
     room = min(read_json(f / "config.json")["max_position_embeddings"] for f in folders.values())
     args.max_new_tokens = args.max_new_tokens or min(4096, room // 2)
-    tokenizers = {prefix: Tokenizer.from_pretrained(folder) for prefix, folder in folders.items()}
     problems, skipped, longest = load_benchmarks(args, list(tokenizers.values()), room)
     run = open_run(args, folders)
     dtype = torch.bfloat16 if fast_bfloat16(args.device) else torch.float32

@@ -96,6 +96,14 @@ class GPTConfig:
     @staticmethod
     def from_hf(config: dict) -> "GPTConfig":
         """Of a config.json of any transformers version; ValueError for what is not built here."""
+        try:
+            return GPTConfig._from_hf(config)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"config.json has a value of another kind than it should ({error})"
+                             ) from error
+
+    @staticmethod
+    def _from_hf(config):
         kind = _check_family(config)
         gemma, phi = kind == "gemma3_text", kind == "phi3"
 
@@ -164,7 +172,7 @@ def _check_family(config):
 
 
 def _is_positive(value, types=(int, float)):
-    return type(value) in types and 0 < value < math.inf
+    return type(value) in types and 0 < value < 2**31
 
 
 def _rope(config, head_dim, local=False):
@@ -186,6 +194,8 @@ def _rope(config, head_dim, local=False):
     rope[switch] = config.get(switch) or rope.get(switch) or longest  # Phi-3.5 keeps it outside
     kind = rope.get("rope_type") or rope.get("type") or "default"
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if kind == "default" and rope.get("factor"):
+        raise ValueError(f"config.json: rope has a factor, {rope['factor']!r}, but no rope_type")
     if kind not in ROPE_NEEDS or share not in (None, 1):
         raise ValueError(f"config.json: rope of type {kind!r} with partial_rotary_factor {share} "
                          f"is not supported; known types are {', '.join(ROPE_NEEDS)}")

@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.hub import find_model
 from data.problems import batch_of, training_problems
 from data.prompts import encode_prompt
-from data.tokenizer import Tokenizer
 from evaluate import comparison_table, evaluate
 from kernels import keep_freed_memory
 from model import GPT
@@ -167,8 +165,7 @@ def main(argv: list[str] | None = None):
     keep_freed_memory()
 
     # ---- data and models ----
-    folder = find_model(args.model)
-    tokenizer = Tokenizer.from_pretrained(folder)
+    folder, tokenizer = settings.open_model(args.model, args)
     problems, held_out = training_problems(args, tokenizer, folder)
     judge = settings.judge_of(args.verifier)
     no_question = encode_prompt(tokenizer, "")  # what ppl(a) is conditioned on

@@ -3,8 +3,9 @@
     python -m bench.ranking --model FOLDER --data gsm8k_test.jsonl      # as published; 40 problems
 
 Every variant is made from the published solutions by the rules below, so that no wording is
-anybody's choice per problem. The table says the mean R_SA of each variant, and how often the
-concise solution of a problem scores higher than that variant of it.
+anybody's choice per problem. A table for each prompt says the mean R_SA of each variant, and how
+often the concise solution of a problem scores higher than that variant of it. The last prompt is a
+trap: it asks for a box in ppl(a|q) only, so the box itself is rewarded.
 """
 
 import argparse
@@ -14,9 +15,10 @@ import re
 
 from tqdm import tqdm
 
+from bench import paper
 from bench.seeds import spread
 from data.hub import find_model
-from data.prompts import encode_prompt
+from data.prompts import SYSTEM, encode_prompt
 from data.tokenizer import Tokenizer
 from kernels import keep_freed_memory
 from model import GPT
@@ -25,6 +27,8 @@ from sar import answer_logprobs, self_aligned_reward
 
 MARK = re.compile(r"<<[^<>]*=([^<>=]*)>>")  # 48/2 = <<48/2=24>>24
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+PROMPTS = {"default": (SYSTEM, ""), "the authors'": (paper.SYSTEM, paper.INSTRUCTION),
+           "trap, a box asked for with the question only": ("", SYSTEM)}
 FIVE = ("concise", "restated and re-checked", "answer only", "wrong", "off-topic")
 
 
@@ -106,6 +110,24 @@ def print_table(rewards: dict[str, list[float]], tokens: dict[str, list[int]]) -
           f"answer scores highest on {first}.")
 
 
+def score(tokenizer, model, problems, texts_of) -> tuple[dict, dict]:
+    """({variant: R_SA of each problem's}, {variant: tokens of each problem's})."""
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    no_question = encode_prompt(tokenizer, "")
+    rewards, tokens = {}, {}
+    for (question, _, _), texts in zip(tqdm(problems, desc="problems"), texts_of):
+        answers = [tokenizer.encode(text, at_start=False) + end for text in texts.values()]
+        with_question, without_question = (
+            answer_logprobs(model, [context] * len(answers), answers, micro_tokens=2048)
+            for context in (encode_prompt(tokenizer, question), no_question)
+        )
+        scores = self_aligned_reward(with_question, without_question).tolist()
+        for name, r_sa, ids in zip(texts, scores, answers):
+            rewards.setdefault(name, []).append(r_sa)
+            tokens.setdefault(name, []).append(len(ids))
+    return rewards, tokens
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -123,23 +145,14 @@ def main(argv: list[str] | None = None) -> None:
     folder = find_model(args.model)
     tokenizer, model = Tokenizer.from_pretrained(folder), GPT.from_pretrained(folder)
     rng = random.Random(0)
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    no_question = encode_prompt(tokenizer, "")
-    rewards, tokens = {}, {}
-    for i, (question, solution, answer) in enumerate(tqdm(problems, desc="problems")):
+    texts_of = []  # of each problem: its variants by name
+    for i, (question, solution, answer) in enumerate(problems):
         _, other_solution, other_answer = problems[i - 1]
         other = finish(MARK.sub("", other_solution).split("\n"), other_answer)
-        texts = variants(question, solution, answer, other, rng)
-        answers = [tokenizer.encode(text, at_start=False) + end for text in texts.values()]
-        with_question, without_question = (
-            answer_logprobs(model, [context] * len(answers), answers, micro_tokens=2048)
-            for context in (encode_prompt(tokenizer, question), no_question)
-        )
-        scores = self_aligned_reward(with_question, without_question).tolist()
-        for name, r_sa, ids in zip(texts, scores, answers):
-            rewards.setdefault(name, []).append(r_sa)
-            tokens.setdefault(name, []).append(len(ids))
-    print_table(rewards, tokens)
+        texts_of.append(variants(question, solution, answer, other, rng))
+    for name, (tokenizer.system, tokenizer.instruction) in PROMPTS.items():
+        print(f"\nPrompt: {name}\n")
+        print_table(*score(tokenizer, model, problems, texts_of))
 
 
 if __name__ == "__main__":

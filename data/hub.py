@@ -36,11 +36,15 @@ MODELS = {  # as the paper trains base models, Qwen names without "instruct" are
     "phi-3.5-mini": "microsoft/Phi-3.5-mini-instruct",
     "gemma3-1b": "google/gemma-3-1b-it",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "qwen-math-1.5b": "Qwen/Qwen2.5-Math-1.5B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "r1-distill-1.5b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
 }
 REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # owner/name
 SHARD = r"[A-Za-z0-9][\w.-]*\.safetensors"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-FILES = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", WEIGHTS, INDEX]
+FILES = ["tokenizer.json", "tokenizer_config.json", "generation_config.json",
+         "special_tokens_map.json", "chat_template.jinja", "chat_template.json", WEIGHTS, INDEX]
 TIMEOUT = 30  # seconds without a byte after which a download fails
 
 
@@ -98,12 +102,16 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def cached_snapshot(repo: str) -> Path:
-    """Where the Hugging Face cache keeps the main revision of a repository. Raises OSError."""
+    """Where the Hugging Face cache keeps the main revision of a repository, or in a copy without
+    refs/ the only one. Raises OSError."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
     hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
     folder = hub / f"models--{repo.replace('/', '--')}"
-    return folder / "snapshots" / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    main, snapshots = folder / "refs" / "main", list(folder.glob("snapshots/*"))
+    if len(snapshots) == 1 and not main.exists():
+        return snapshots[0]
+    return folder / "snapshots" / main.read_text(encoding="utf-8").strip()
 
 
 def cache_folder() -> Path:

@@ -1,86 +1,141 @@
-"""Prompt formats: one user message in the model's own chat frame, up to where its answer begins.
+"""Prompts: a question in the model's own chat frame, up to where its answer begins.
 
-The frame is recognised by the markers in the checkpoint's chat template; the template itself never
-runs. Special tokens are placed here by id, so a question that spells one stays ordinary text.
+The checkpoint's chat template is rendered as transformers renders it, with a placeholder for the
+question, and then cut at special tokens. So a question that spells one stays ordinary text.
 """
+import functools
+import json
 import re
+import sys
+import time
+import tracemalloc
 
+from data.files import one_line
 from data.tokenizer import WHITE_SPACE, Tokenizer
 
-INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
+SYSTEM = "Reason step by step, and put your final answer within \\boxed{}."
+PLAIN = (  # the frame of a model without a template
+    "{{ bos_token if adds_bos }}{% for m in messages %}{{ m.content + '\n\n' if m.role == 'system' "
+    "else 'Question: ' + m.content + '\nAnswer:' }}{% endfor %}")
+HOLE = "TheQuestionStandsHere"  # the placeholder
+MOST = 200_000  # of a template: characters that it prints, lines that it runs
 
 
-def encode_prompt(tokenizer: Tokenizer, question: str, *, system: str | None = None,
-                  instruction: bool = True) -> list[int]:
-    """Ids of the frame around `question`, ending where the answer begins; the same ids as from
-    transformers' apply_chat_template with add_generation_prompt.
+def encode_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
+    """Ids of the frame around `question`, ending where the answer begins: those of transformers'
+    apply_chat_template with add_generation_prompt, the question being ordinary text.
 
-    system: the system message; None takes the frame's own (Qwen2.5 and SmolLM2 have one).
-    instruction: append the line INSTRUCTION to the user's message.
-    The embedded model's frame ignores the instruction. Raises ValueError for an unknown template,
-    and for a system message where the frame has no place for one.
+    tokenizer.system, .instruction and .thinking say what else is in it. "" as the question makes
+    the context of ppl(a): an empty user turn, without the instruction. Raises ValueError for a
+    template that fails, or that does not put the question into the prompt exactly once.
     """
-    template, special, folder = tokenizer.chat_template, tokenizer.special, tokenizer.folder
-    message = f"{question}\n{INSTRUCTION}" if instruction else question
-    if template is None:
-        if system is not None:
-            raise ValueError(f"{folder} has no chat template, so it takes no system message")
-        bos = [tokenizer.bos_id] if tokenizer.adds_bos else []
-        return join(tokenizer, [*bos, f"Question: {message}\nAnswer:"])
-
-    def token(name: str) -> int:
-        if name not in special:
-            raise ValueError(f"{folder}: the chat template uses {name}, which is not a special "
-                             f"token of the tokenizer")
-        return special[name]
-
-    if "<|question|>" in template and "<|answer|>" in template:  # the embedded model
-        if system is not None:
-            raise ValueError(f"{folder}: this model's prompt frame takes no system message")
-        return join(tokenizer, [token("<|question|>"), question, token("<|answer|>")])
-
-    if tokenizer.bos_id is None and "bos_token" in template:
-        raise ValueError(f"{folder}: the chat template uses a bos_token, and tokenizer_config.json "
-                         f"names none")
-    frame = [tokenizer.bos_id] if "bos_token" in template else []
-    if re.search(r"<\|im_start\|>assistant(\\n|\n)['\"]", template):  # ChatML: Qwen, SmolLM2
-        start, end = token("<|im_start|>"), token("<|im_end|>")
-        own = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", template)
-        if system is None and own:
-            system = own[1]
-        if system is not None:
-            frame += [start, f"system\n{system}", end, "\n"]
-        frame += [start, f"user\n{message}", end, "\n", start, "assistant\n"]
-    elif "<start_of_turn>" in template:  # Gemma
-        start, end = token("<start_of_turn>"), token("<end_of_turn>")
-        if system is not None and "first_user_prefix" not in template:
-            raise ValueError(f"{folder}: this model's prompt frame takes no system message")
-        before = "" if system is None else f"{system}\n\n"
-        frame += [start, f"user\n{before}{message.strip()}", end, "\n", start, "model\n"]
-    elif "<|user|>" in template and "<|end|>" in template:  # Phi-3.5
-        end = token("<|end|>")
-        if system:  # an empty one gets no turn
-            frame += [token("<|system|>"), f"\n{system}", end, "\n"]
-        frame += [token("<|user|>"), f"\n{message}", end, "\n", token("<|assistant|>"), "\n"]
-    elif "[INST]" in template and "<<SYS>>" in template:  # Llama 2: plain text after bos
-        before = "" if system is None else f"<<SYS>>\n{system}\n<</SYS>>\n\n"
-        frame += [f"[INST] {(before + message).strip()} [/INST]"]
-    else:
-        raise ValueError(f"{folder}: its chat template is not of a known kind (ChatML, Gemma, "
-                         f"Phi-3, Llama 2)")
-    return join(tokenizer, frame)
-
-
-def join(tokenizer: Tokenizer, frame: list[int | str]) -> list[int]:
-    """Ids of a frame. An int is a special token's id; a text between two of them is ordinary."""
-    ids = []
+    core = question.strip()  # the template sees the white space around it
+    asked = question.replace(core, HOLE, 1) if core else question
+    if question and tokenizer.instruction:
+        asked += f" {tokenizer.instruction}"
+    text = render_prompt(tokenizer, asked)
+    if text.count(HOLE) != bool(core):
+        raise ValueError(f"{tokenizer.folder}: its chat template puts the question "
+                         f"{text.count(HOLE)} times into the prompt")
+    marks, ids = tokenizer.marks, []
+    frame = [part for part in tokenizer.mark.split(text) if part]  # marks, and text between them
     for before, part, after in zip([None, *frame], frame, [*frame[1:], None]):
-        if isinstance(part, int):
-            ids.append(part)
+        if part in marks:
+            ids.append(marks[part])
             continue
-        if before in tokenizer.strips_after:
+        part = part.replace(HOLE, core)
+        if marks.get(before) in tokenizer.strips_after:
             part = part.lstrip(WHITE_SPACE)
-        if after in tokenizer.strips_before:
+        if marks.get(after) in tokenizer.strips_before:
             part = part.rstrip(WHITE_SPACE)
-        ids += tokenizer.encode(part, at_start=before is None)
+        ids += tokenizer.encode(part, at_start=before is None, marks=False)
+    if max(ids, default=0) >= tokenizer.rows:
+        raise ValueError(f"{tokenizer.folder}: token {max(ids)} of the prompt is beyond the "
+                         f"{tokenizer.rows} rows of the model: its files do not belong together")
     return ids
+
+
+def opened_thinking(tokenizer: Tokenizer) -> str:
+    """The "<think>" that every prompt ends in, with its white space; else "". A verifier needs it
+    in front of the answer."""
+    return re.search(r"(<think>\s*)?\Z", render_prompt(tokenizer, ""))[0]
+
+
+def render_prompt(tokenizer: Tokenizer, asked: str) -> str:
+    """The prompt as text; `asked` is the user's message. Where the template has no place for a
+    system message, that opens the user's."""
+    template = PLAIN if tokenizer.chat_template is None else tokenizer.chat_template
+    system = tokenizer.system
+    if system is None:  # the embedded model knows none
+        system = "" if "<|question|>" in template else SYSTEM
+    names = tokenizer.names | dict(adds_bos=tokenizer.adds_bos, enable_thinking=tokenizer.thinking)
+    if system:
+        tried, _ = rendered(template, system, HOLE, **names)
+        if tried.count(HOLE) != 1 or system.strip() not in tried:
+            system, asked = "", f"{system}\n\n{asked}"
+    text, wrong = rendered(template, system, asked, **names)
+    if wrong:
+        raise ValueError(f"{tokenizer.folder}: its chat template fails: {wrong}")
+    return text
+
+
+@functools.lru_cache(maxsize=4096)
+def rendered(template: str, system: str, asked: str, **names) -> tuple[str, str]:
+    """(The prompt, what went wrong). A template is a program from outside: it runs in a sandbox,
+    and the lines that it runs, its memory and its products are limited."""
+    lines = 0
+
+    def watch(*event):
+        nonlocal lines
+        lines += 1
+        if lines > MOST or tracemalloc.get_traced_memory()[0] > 500 * MOST:
+            raise ValueError("it runs too long or takes too much memory")
+        return watch
+
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": asked})
+    # {% generation %} only marks what is trained on.
+    template = re.sub(r"({%[-+]?\s*(end)?)generation\b", r"\1with", template)
+    environment, before = sandbox(), sys.gettrace()
+    tracemalloc.start()
+    try:
+        program = environment.from_string(template)
+        sys.settrace(watch)
+        text = program.render(names, messages=messages, add_generation_prompt=True, tools=None,
+                              documents=None)
+        if len(text) > MOST:
+            raise ValueError(f"it prints {len(text)} characters")
+    except Exception as error:
+        return "", f"{type(error).__name__}: {one_line(error)}"
+    finally:
+        sys.settrace(before)
+        tracemalloc.stop()
+    return text, ""
+
+
+@functools.cache
+def sandbox():
+    """The environment that transformers renders templates in. Raises ValueError without jinja2."""
+    try:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise ValueError("chat templates need jinja2, which is not there: pip install jinja2"
+                         ) from None
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                         extensions=["jinja2.ext.loopcontrols"])
+    calculate = made.call_binop
+
+    def limited(context, operator, *values):
+        for value in values:
+            size = abs(value) if isinstance(value, int | float) else len(value)
+            if size > 10_000:
+                raise ValueError(f"it multiplies by {size}")
+        return calculate(context, operator, *values)
+
+    def refuse(message):
+        raise ValueError(message)
+
+    made.intercepted_binops, made.call_binop = {"*", "**"}, limited
+    made.filters["tojson"] = lambda x, **how: json.dumps(x, **{"ensure_ascii": False} | how)
+    made.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+    return made

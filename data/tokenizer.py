@@ -26,13 +26,17 @@ import tiktoken
 from data.files import read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
-         "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
+         "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "vocab.json",
+         "merges.txt")
+BESIDE = ("tokenizer_config.json", "generation_config.json", "config.json",
+          "special_tokens_map.json", "chat_template.json")
 MAX_ID = 2_000_000  # a larger id means a broken file
 MAX_SPACES = 500_000  # tiktoken's splitter overflows its stack on a million spaces in a row
 MARK = "\u2581"  # SentencePiece's visible space
 WHITE_SPACE = ("\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008"
                "\u2009\u200a\u2028\u2029\u202f\u205f\u3000")  # Unicode's; str.strip() has four more
 WHITE_SPACES = re.compile(f"[{WHITE_SPACE}]*")
+LOOKS_SPECIAL = re.compile(r"<[|\uff5c].*[|\uff5c]>").fullmatch  # DeepSeek has wide bars
 # Bytes that a byte-level vocabulary may lack, as SmolLM2's does: control characters, and bytes that
 # UTF-8 uses nowhere (C0, C1, F5 to FF) or only for unassigned code points (F1, F2).
 RARE_BYTES = {*range(9), *range(14, 32), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
@@ -44,7 +48,7 @@ DIGITS_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!
 
 # The steps of SentencePiece-style files; the comments say where the space goes at the front.
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": MARK}  # nowhere
-PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": MARK}, REPLACE]}
+PREPEND = {"type": "Prepend", "prepend": MARK}  # everywhere
 METASPACE = {"type": "Metaspace", "replacement": MARK, "split": False}  # as prepend_scheme says
 SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious",
          "invert": False}  # after REPLACE no space is left to split at
@@ -63,35 +67,41 @@ class Tokenizer:
     """One checkpoint's tokenizer. Build it with Tokenizer.from_pretrained(folder).
 
     special: every special token and its id. Text never becomes one; prompts.py places them by id.
+    marks: special tokens, and added words that look like them (<|User|>): no question places them.
     stop_ids: the ids that end an answer. vocab_size: every id is below it.
     bos_id, eos_id: the beginning- and end-of-text tokens, None where no file names one.
+    names: what the files call bos_token, eos_token and so on, for the chat template.
     adds_bos: whether the tokenizer puts bos_id in front of plain text.
     strips_after, strips_before: ids that swallow the white space on that side of them.
-    chat_template: the checkpoint's Jinja template as text, or None (prompts.py recognises it).
+    chat_template: the checkpoint's Jinja template as text, or None (prompts.py renders it).
+    system, instruction, thinking: of its prompts; a script sets them. system None: the default.
+    rows: the tokens that the model of config.json knows.
     """
+
+    system, instruction, thinking = None, "", False
 
     @classmethod
     def from_pretrained(cls, folder) -> "Tokenizer":
-        """Read tokenizer.json and, where they exist, tokenizer_config.json, chat_template.jinja,
-        generation_config.json and config.json. Raises FileNotFoundError without a tokenizer.json,
-        ValueError when a file is broken or of an unsupported kind."""
-        path = Path(folder) / "tokenizer.json"
-        files = [read_json(path)]
-        for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
-            optional = path.with_name(name)
-            files.append(read_json(optional) if optional.exists() else {})
+        """Read tokenizer.json and, where they exist, the files beside it. Raises FileNotFoundError
+        without a tokenizer.json, ValueError when a file is broken or of an unsupported kind."""
         try:
-            return cls(Path(folder), *files)
+            return cls(Path(folder))
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path} is not laid out as a tokenizer "
-                             f"({type(error).__name__}: {error}): copy the file again") from error
+            raise ValueError(f"{folder}: tokenizer.json or a file beside it is not laid out as it "
+                             f"should be ({type(error).__name__}: {error}): copy it again"
+                             ) from error
 
-    def __init__(self, folder: Path, spec: dict, settings: dict, generation: dict, config: dict):
+    def __init__(self, folder: Path):
         self.folder = folder
+        spec = read_json(folder / "tokenizer.json")
+        found = [read_json(folder / name) if (folder / name).exists() else {} for name in BESIDE]
+        settings, generation, config, names, template = found
         self._read_bpe(spec)
-        self._read_bos_and_eos(spec, settings)
-        self._read_template(settings)
+        self._read_names(spec, names, settings)
+        self._read_template(settings.get("chat_template") or template.get("chat_template"))
         self._read_stop_ids(generation, config)
+        rows = (config.get("text_config") or config).get("vocab_size")
+        self.rows = rows if isinstance(rows, int) else MAX_ID
 
     def _unsupported(self, what):
         return ValueError(f"{self.folder / 'tokenizer.json'}: {what} is not supported (byte-level "
@@ -102,11 +112,11 @@ class Tokenizer:
         model, vocab = spec["model"], spec["model"].get("vocab")
         if model.get("type", "BPE") != "BPE" or not isinstance(vocab, dict):
             raise self._unsupported(f"a model of type {model.get('type')!r}")
-        for option in "dropout continuing_subword_prefix end_of_word_suffix ignore_merges".split():
+        for option in "dropout continuing_subword_prefix end_of_word_suffix".split():
             if model.get(option):
                 raise self._unsupported(f"the model option {option}={model[option]!r}")
         self._read_added(spec["added_tokens"], vocab)
-        ids = [*vocab.values(), *self.special.values(), *self._words.values()]
+        ids = [*vocab.values(), *self._added.values()]
         if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= MAX_ID:
             raise self._unsupported(f"a token id that is no integer from 0 to {MAX_ID - 1}")
         self.vocab_size = 1 + max(ids)
@@ -121,30 +131,33 @@ class Tokenizer:
         self._byte_level = not model.get("byte_fallback")
         read = self._read_byte_level if self._byte_level else self._read_sentencepiece
         read(spec, vocab, merge_results)
-        for word, i in (self.special | self._words).items():
+        words = {}, {}  # found in the text as it is, found when it is normalised
+        for word, i in self._added.items():
+            late = word in self._late
+            if late:
+                word = self._normalised(word)
+            if i not in self._special_ids:
+                words[late][word] = i
             self._pieces[i] = word.encode() if self._byte_level else word.replace(MARK, " ")
+        self._words, self._late_words = [(one_of(found), found) for found in words]
 
     def _read_added(self, added, vocab):
-        """Added tokens: special ones, never made from text, and words that text always matches."""
-        self.special, self._words = {}, {}
+        """Special tokens, which text never becomes, and words that it always matches; those called
+        normalized when it is normalised."""
+        self._added = {token["content"]: token["id"] for token in added}
         for token in added:
-            content, i = token["content"], token["id"]
-            if vocab.get(content, i) != i:
-                raise self._unsupported(f"the added token {content!r} with two ids")
-            if token["special"]:
-                self.special[content] = i
-            elif content and not token["single_word"] and not token["normalized"]:
-                self._words[content] = i
-            else:
-                raise self._unsupported(f"the added token {content!r}, which is empty or matches "
-                                        f"only single words or normalised text,")
+            word = token["content"]
+            if not word or vocab.get(word, token["id"]) != token["id"] or token["single_word"]:
+                raise self._unsupported(f"the added token {word!r}, which is empty, has two ids "
+                                        "or matches only single words,")
+        self.special = {token["content"]: token["id"] for token in added if token["special"]}
+        self._special_ids = set(self.special.values())
+        self._late = {token["content"] for token in added if token["normalized"]}
+        self.marks = {word: i for word, i in self._added.items()
+                      if word in self.special or LOOKS_SPECIAL(word)}
+        self.mark = one_of(self.marks)
         self.strips_after = {token["id"] for token in added if token["rstrip"]}
         self.strips_before = {token["id"] for token in added if token["lstrip"]}
-        self._special_ids = set(self.special.values())
-        # A word is searched by its first two characters, then by length, the longest first.
-        starts = sorted({re.escape(word[:2]) for word in self._words})
-        self._word_start = re.compile("|".join(starts) or "(?!)")  # (?!) matches nothing
-        self._word_lengths = sorted({len(word) for word in self._words}, reverse=True)
 
     def _set_ranks(self, ids, pattern):
         """ids: joined bytes -> token ids, by rank. pattern: its matches are encoded one by one."""
@@ -154,11 +167,12 @@ class Tokenizer:
                                            mergeable_ranks=ranks, special_tokens={})
 
     def _read_byte_level(self, spec, vocab, merge_results):
-        decoder, normalizer = spec["decoder"], spec.get("normalizer")
-        if decoder["type"] != "ByteLevel" or normalizer not in (None, {"type": "NFC"}):
-            raise self._unsupported(f"the decoder {json.dumps(decoder)[:80]} with the normalizer "
-                                    f"{json.dumps(normalizer)[:80]}")
-        self._nfc = normalizer is not None
+        decoders, normalizers = steps(spec["decoder"], "decoders"), steps(spec.get("normalizer"))
+        decoder_types = [step["type"] for step in decoders]
+        if decoder_types != ["ByteLevel"] or normalizers not in ([], [{"type": "NFC"}]):
+            raise self._unsupported(f"the decoder {json.dumps(decoders)[:80]} with the normalizer "
+                                    f"{json.dumps(normalizers)[:80]}")
+        self._nfc, self._prefix = bool(normalizers), "never"
         alphabet = {char: byte for byte, char in enumerate(byte_alphabet())}
         missing = {byte for char, byte in alphabet.items() if char not in vocab}
         if not missing <= RARE_BYTES or missing and spec["model"].get("unk_token"):
@@ -172,7 +186,9 @@ class Tokenizer:
 
         # A missing byte has no ids. (The tokenizers library then also joins its neighbours.)
         ids = {bytes([byte]): () for byte in range(256)}
-        for piece in [*alphabet, *merge_results]:
+        # With ignore_merges a stretch that is a piece stays whole. So does one in tiktoken.
+        whole = vocab if spec["model"].get("ignore_merges") else ()
+        for piece in [*alphabet, *merge_results, *whole]:
             if piece in vocab:
                 ids[spelled(piece)] = (vocab[piece],)
         self._set_ranks(ids, self._read_pattern(spec["pre_tokenizer"]))
@@ -181,8 +197,8 @@ class Tokenizer:
             self._pieces[i] = spelled(piece)
 
     def _read_pattern(self, pre_tokenizer):
-        steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])  # more than one: a Sequence
-        kinds, first, last = [step["type"] for step in steps], steps[0], steps[-1]
+        split = steps(pre_tokenizer, "pretokenizers")
+        kinds, first, last = [step["type"] for step in split], split[0], split[-1]
         if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
             own_pattern = last.get("use_regex", True)
             if kinds == ["ByteLevel"] and own_pattern:
@@ -196,22 +212,23 @@ class Tokenizer:
         raise self._unsupported(f"the pre_tokenizer {json.dumps(pre_tokenizer)[:120]}")
 
     def _read_sentencepiece(self, spec, vocab, merge_results):
-        normalizer, pre_tokenizer = spec.get("normalizer"), spec.get("pre_tokenizer")
-        if normalizer == PREPEND and pre_tokenizer is None:
+        normalizers = steps(spec.get("normalizer"))
+        split = steps(spec.get("pre_tokenizer"), "pretokenizers")
+        if normalizers == [PREPEND, REPLACE] and not split:
             self._prefix = "always"
-        elif normalizer == REPLACE and pre_tokenizer in (None, SPLIT):
+        elif normalizers == [REPLACE] and split in ([], [SPLIT]):
             self._prefix = "never"
-        elif normalizer is None and (pre_tokenizer or {}).items() >= METASPACE.items():
+        elif not normalizers and len(split) == 1 and split[0].items() >= METASPACE.items():
             schemes = {"always": "unless spaced", "first": "at start", "never": "never"}
-            self._prefix = schemes[pre_tokenizer["prepend_scheme"]]
+            self._prefix = schemes[split[0]["prepend_scheme"]]
         else:
-            raise self._unsupported(f"the normalizer {json.dumps(normalizer)[:160]} with the "
-                                    f"pre_tokenizer {json.dumps(pre_tokenizer)[:80]}")
-        steps = spec["decoder"].get("decoders", [])
-        self._strip_first = STRIP in steps
+            raise self._unsupported(f"the normalizer {json.dumps(normalizers)[:160]} with the "
+                                    f"pre_tokenizer {json.dumps(split)[:80]}")
+        decoders = steps(spec["decoder"], "decoders")
+        self._strip_first = STRIP in decoders
         kinds = ["Replace", "ByteFallback", "Fuse"] + ["Strip"] * self._strip_first
-        if [step["type"] for step in steps] != kinds:
-            raise self._unsupported(f"the decoder {json.dumps(spec['decoder'])[:120]}")
+        if [step["type"] for step in decoders] != kinds or spec["model"].get("ignore_merges"):
+            raise self._unsupported(f"ignore_merges or the decoder {json.dumps(decoders)[:120]}")
         byte_names = [f"<0x{byte:02X}>" for byte in range(256)]
         if not vocab.keys() >= {*byte_names, MARK}:
             raise self._unsupported(f"a vocabulary that lacks {MARK} or some of <0x00> to <0xFF>")
@@ -246,23 +263,26 @@ class Tokenizer:
                 rank = self._tiktoken.encode_single_token(piece)
                 self._ids[rank] = tuple(chain(*(self._ids[part] for part in made)))
 
-    def _read_bos_and_eos(self, spec, settings):
-        known = self._words | self.special
-        tokens = [settings.get(key) for key in ("bos_token", "eos_token")]
-        named = [token["content"] if isinstance(token, dict) else token for token in tokens]
-        self.bos_id, self.eos_id = map(known.get, named)
+    def _read_names(self, spec, names, settings):
+        self.names = {}  # those of tokenizer_config.json go first, unless they are null
+        for key, token in [*names.items(), *settings.items()]:
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str) and key.endswith("_token"):
+                self.names[key] = text
+        self.bos_id = self._added.get(self.names.get("bos_token"))
+        self.eos_id = self._added.get(self.names.get("eos_token"))
         adds = settings.get("add_bos_token")
         if adds is None:
-            post = spec.get("post_processor") or {"type": None}
-            adds = post["type"] == "TemplateProcessing" and "SpecialToken" in post["single"][0]
+            post = steps(spec.get("post_processor"), "processors")
+            adds = any("SpecialToken" in step.get("single", [()])[0] for step in post)
         self.adds_bos = self.bos_id is not None and bool(adds)
 
-    def _read_template(self, settings):
-        template, jinja = settings.get("chat_template"), self.folder / "chat_template.jinja"
+    def _read_template(self, template):
+        jinja = self.folder / "chat_template.jinja"
         if jinja.exists():
             template = jinja.read_text(encoding="utf-8", errors="replace")
         if isinstance(template, list):  # several named templates
-            template = {t["name"]: t["template"] for t in template}.get("default")
+            template = {t["name"]: t["template"] for t in template}["default"]
         if not isinstance(template, str | None):
             raise ValueError(f"{self.folder / 'tokenizer_config.json'}: chat_template is no text")
         self.chat_template = template
@@ -279,53 +299,61 @@ class Tokenizer:
                 raise ValueError(f"{self.folder / name}: eos_token_id {ids!r} is no token id")
             self.stop_ids |= set(listed)
         # A base checkpoint often names only its end of text, while its chat frame ends turns with:
-        for end in ("<|im_end|>", "<end_of_turn>", "<|end|>"):
-            if end in (self.chat_template or "") and end in self.special:
-                self.stop_ids.add(self.special[end])
+        for end in ("<|im_end|>", "<end_of_turn>", "<|end|>", "<|eot_id|>"):
+            if end in (self.chat_template or "") and end in self.marks:
+                self.stop_ids.add(self.marks[end])
         if not self.stop_ids:
             print(f"note: no file in {self.folder} names a token that ends an answer (eos_token, "
                   "eos_token_id): every answer will run to its limit", file=sys.stderr)
 
-    def encode(self, text: str, *, at_start: bool = True) -> list[int]:
+    def encode(self, text: str, *, at_start: bool = True, marks: bool = True) -> list[int]:
         """Ids of ordinary text. Nothing is put around it; a spelled-out special token is just text.
 
         Added words that are not special (Qwen3's <think>, Gemma 3's runs of newlines) are found.
         at_start: False behind a special token; some SentencePiece-style tokenizers put a space only
-        at the start of a text. Raises ValueError on a run of half a million white-space characters.
+        at the start of a text. marks: False: words that look special are just text, too.
+        Raises ValueError on a run of half a million white-space characters.
         """
         if len(text) >= MAX_SPACES and re.search(rf"\s{{{MAX_SPACES}}}", text):
             raise ValueError(f"the text has {MAX_SPACES} white-space characters in a row: cut it")
-        ids, done, at = [], 0, 0
-        while found := self._word_start.search(text, at):
-            start = found.start()
-            spelled = (text[start:start + length] for length in self._word_lengths)
-            word = next((word for word in spelled if word in self._words), None)
-            if word is None:
-                at = start + 1
+        skipped = () if marks else self.marks.values()
+        ids = []
+        for part in self._split(text, self._words, skipped):
+            pieces = [part]
+            if isinstance(part, str):
+                pieces = self._split(self._normalised(part), self._late_words, skipped)
+            for piece in pieces:
+                if isinstance(piece, int):
+                    ids.append(piece)
+                elif piece:
+                    wants_space = {"unless spaced": True, "at start": at_start}.get(self._prefix)
+                    if wants_space and not piece.startswith(" "):
+                        piece = " " + piece
+                    ranks = self._tiktoken.encode_ordinary(piece)
+                    ids += chain.from_iterable(map(self._ids.__getitem__, ranks))
+                at_start = False
+        return ids
+
+    def _split(self, text, finder, skipped):
+        """Stretches of text, and between them the ids of added words, but for `skipped`."""
+        (pattern, words), done = finder, 0
+        for found in pattern.finditer(text):
+            i = words[found[0]]
+            if i in skipped:
                 continue
-            before, i = text[done:start], self._words[word]
-            at = done = start + len(word)
+            before, done = text[done:found.start()], found.end()
             if i in self.strips_before:
                 before = before.rstrip(WHITE_SPACE)
             if i in self.strips_after:
-                done = WHITE_SPACES.match(text, at).end()
-            ids += [*self._encode_stretch(before, at_start), i]
-            at_start = False
-        return ids + self._encode_stretch(text[done:], at_start)
+                done = WHITE_SPACES.match(text, done).end()
+            yield from (before, i)
+        yield text[done:]
 
-    def _encode_stretch(self, text, at_start):
-        """Ids of text between added words: normalise it, encode it, map ranks to ids."""
-        if not text:
-            return []
-        if not self._byte_level:
-            text = text.replace(MARK, " ")
-            wants_space = self._prefix == "unless spaced" or self._prefix == "at start" and at_start
-            if self._prefix == "always" or wants_space and not text.startswith(" "):
-                text = " " + text
-        elif self._nfc:
-            text = unicodedata.normalize("NFC", text)
-        ranks = self._tiktoken.encode_ordinary(text)
-        return list(chain.from_iterable(map(self._ids.__getitem__, ranks)))
+    def _normalised(self, text):
+        if self._byte_level:
+            return unicodedata.normalize("NFC", text) if self._nfc else text
+        text = text.replace(MARK, " ")
+        return " " + text if text and self._prefix == "always" else text
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, without special tokens. Invalid UTF-8, such as half a character, is U+FFFD.
@@ -356,6 +384,19 @@ class Tokenizer:
             source, copy = self.folder / name, folder / name
             if source.is_file() and source.resolve() != copy.resolve():
                 shutil.copyfile(source, copy)
+
+
+def steps(part: dict | None, key: str = "normalizers") -> list[dict]:
+    """The steps of a part of a tokenizer.json, in a Sequence (of Sequences) or alone or none."""
+    if part is None or part["type"] != "Sequence":
+        return [] if part is None else [part]
+    return list(chain.from_iterable(steps(step, key) for step in part[key]))
+
+
+def one_of(words: Iterable[str]) -> re.Pattern:
+    """A pattern, one group, of any of the words, the longest that fits."""
+    longest_first = sorted(map(re.escape, words), key=len, reverse=True)
+    return re.compile(f"({'|'.join(longest_first) or '(?!)'})")  # (?!) matches nothing
 
 
 def space_pattern(pieces: list[str]) -> str:

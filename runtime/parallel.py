@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import sar
 from data.problems import Problem, shuffled
-from data.prompts import encode_prompt
+from data.prompts import encode_prompt, opened_thinking
 from model import GPT
 from rollout import generate
 from verify import Verdict
@@ -195,7 +195,7 @@ class Answer:
     tokens: list[int]  # the stop token included
     finished: bool  # ended by a stop token, not by the limit
     logprobs: Tensor  # (len,) as the sampler computed them; all log-probs are at --temperature
-    text: str  # without the stop token
+    text: str  # without the stop token, but with a <think> that the prompt ended in
     with_question: Tensor = None  # (len,) log P(a_j | q, a_<j) of the policy
     without_question: Tensor = None  # (len,) log P(a_j | a_<j) of the policy
     frozen: Tensor = None  # (len,) log P(a_j | q, a_<j) of the frozen start
@@ -237,11 +237,11 @@ def sample(model: GPT, tokenizer, problems: list[Problem], args, seed: int) -> l
         row[:, -1] = torch.tensor([len(r.tokens), r.finished])
     if world > 1:
         dist.all_reduce(table)
-    answers = []
+    answers, opening = [], opened_thinking(tokenizer)
     for k, (tokens, logprobs) in enumerate(table.flatten(0, 1)):
         length, finished = int(tokens[-1]), bool(logprobs[-1])
         ids = tokens[:length].long().tolist()
-        text = tokenizer.decode(ids[:-1] if finished else ids)
+        text = opening + tokenizer.decode(ids[:-1] if finished else ids)
         answers.append(Answer(problems[k // n], prompts[k // n], ids, finished,
                               logprobs[:length].float(), text))
     return answers

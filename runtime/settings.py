@@ -15,7 +15,11 @@ from pathlib import Path
 import torch
 
 from data.files import read_json
+from data.hub import MODELS, find_model
+from data.prompts import SYSTEM
+from data.tokenizer import Tokenizer
 from kernels import fast_bfloat16
+from model import GPTConfig
 from runtime import parallel, runs
 from sar import GROUP_REWARDS, REWARDS
 from verify import STATUSES, VERIFIERS, Verdict, judge
@@ -135,6 +139,26 @@ def judge_of(verifier: str):
     return judged
 
 
+def prompt_flags(parser: argparse.ArgumentParser):
+    """What is in a prompt beside the question."""
+    add = parser.add_argument
+    add("--system", help="system message, which ppl(a) has too; where a model takes none it opens "
+        f"the question; '': the model's own (default: {SYSTEM} For tiny none)")
+    add("--instruction", help="text behind the question, which ppl(a) is without (default: none)")
+    add("--thinking", action="store_true", default=None, help="let a model think first that asks "
+        "whether it should, as Qwen3 does")
+
+
+def open_model(name: str, args: argparse.Namespace) -> tuple[Path, Tokenizer]:
+    """A model's folder, whose config.json is checked, and its tokenizer with the prompt's flags."""
+    folder = find_model(name)
+    GPTConfig.from_hf(read_json(folder / "config.json"))
+    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer.system, tokenizer.instruction = args.system, args.instruction
+    tokenizer.thinking = bool(args.thinking)
+    return folder, tokenizer
+
+
 # ---- the training scripts ----
 
 
@@ -143,13 +167,13 @@ def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
     parser = Parser(description)
     parser.epilog, parser.paper, parser.tiny = CLUSTER, paper, tiny
     add, flag = parser.add_argument, parser.flag
-    add("--model", type=model_name, help="a model folder, or a name: tiny (embedded), qwen-0.5b, "
-        "qwen-1.5b, qwen3-1.7b, qwen3-4b, phi-3.5-mini, gemma3-1b, smollm2-135m, or owner/name on "
-        "the hub (default: tiny)")
+    add("--model", type=model_name, help="a model folder, or a name: tiny (embedded), "
+        f"{', '.join(list(MODELS)[1:])}, or owner/name on the hub (default: tiny)")
     flag("--data", data_names, "problems: names, or JSONL files with question and answer, "
          "separated by commas; one that stands twice weighs twice")
     add("--question-field", help="of the files (default: question or problem); info.text is nested")
     add("--answer-field", help="of the files: text, a number, a worked solution (default: answer)")
+    prompt_flags(parser)
     flag("--max-prompt-tokens", positive_int, "longer prompts are skipped and counted; tokens")
     flag("--max-new-tokens", positive_int, "longest answer, stop token included; tokens")
     flag("--reward", str, "sar: R_VR + alpha R_SA; vr: R_VR alone, the plain algorithm; the others "

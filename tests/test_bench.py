@@ -2,13 +2,14 @@
 
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from bench import paper, pareto, seeds
+from bench import paper, pareto, ranking, seeds
 from bench.ranking import read_gsm8k, variants
 
 EGGS = (
@@ -27,6 +28,13 @@ def data(tmp_path):
     path = tmp_path / "gsm8k.jsonl"
     path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in GSM8K))
     return str(path)
+
+
+def test_ranking_has_a_table_for_each_prompt(data, capsys):
+    ranking.main(["--model", "tiny", "--data", data, "--limit", "2"])
+    out = capsys.readouterr().out
+    tables = dict(re.findall(r"^Prompt: (.*)\n\n.*\n.*\n\| concise \| (\S+)", out, re.M))
+    assert list(tables) == list(ranking.PROMPTS) and len({*tables.values()}) == 3
 
 
 def test_variants_by_hand(data):

@@ -3,6 +3,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -252,6 +253,24 @@ def test_only_a_whole_snapshot_counts(place, server):
     for repo, main in (("a/a", "../../../elsewhere"), ("b/b", ""), ("c/c", "f" * 40)):
         snapshot(place / "hf" / "hub", repo, model_files(), main)  # a broken refs/main
         message(repo)
+
+
+def test_a_copied_cache_without_refs(place):
+    repo = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    whole = snapshot(place / "hf" / "hub", repo, model_files())
+    main = whole.parent.parent / "refs" / "main"
+    main.unlink()
+    main.parent.rmdir()
+    assert hub.find_model("r1-distill-1.5b") == whole
+    (whole.parent / "another").mkdir()
+    assert "refs/main" in message("r1-distill-1.5b")  # which of two is not guessed
+
+
+def test_every_short_name_is_a_repository():
+    assert hub.MODELS.keys() >= {"r1-distill-1.5b", "llama-3.2-1b", "qwen-math-1.5b"}
+    for name, repo in list(hub.MODELS.items())[1:]:
+        assert re.fullmatch(hub.REPOSITORY, repo), name
+    assert {"chat_template.jinja", "chat_template.json", "special_tokens_map.json"} < {*hub.FILES}
 
 
 # ---- downloads ----

@@ -30,7 +30,7 @@ def stop(name):
 
 @pytest.mark.parametrize("script", [train_sa_grpo, train_sa_ppo, evaluate])
 def test_any_command_line_works_or_is_a_sentence(script, runs, rng, monkeypatch, capsys):
-    monkeypatch.setattr(script, "find_model", stop)
+    monkeypatch.setattr(settings, "find_model", stop)
     monkeypatch.setattr(script, "keep_freed_memory", lambda: None)
     with pytest.raises(SystemExit):
         script.main(["--help"])

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from data.prompts import encode_prompt
 from data.tokenizer import FILES, MARK, Tokenizer, byte_alphabet
+from model import GPTConfig
 
 SHARED = Path(os.environ["SA_SHARED"]) if os.environ.get("SA_SHARED") else None
 MODELS = Path(os.environ["SA_MODELS"]) if os.environ.get("SA_MODELS") else None
@@ -135,6 +137,36 @@ def sentencepiece_spec(rng: random.Random, text: str, *, prefix: bool = True, sc
         "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
                   "vocab": vocab, "merges": merges},
     }
+
+
+def llama3_spec(rng: random.Random, text: str, *, nfc: bool = True) -> dict:
+    """As Llama 3 and R1-Distill have it: whole pieces first, Sequences, and words of add_tokens."""
+    spec = byte_level_spec(rng, text)
+    spec["model"]["ignore_merges"] = True
+    nothing = {"type": "Sequence", "normalizers": []}
+    inner = [{"type": "NFC"}] if nfc else [nothing]
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [nothing, *inner]}
+    bos = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    start = spec["added_tokens"][1]["id"]
+    ids = {"id": "<|im_start|>", "ids": [start], "tokens": ["<|im_start|>"]}
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    post = [spec["decoder"], {"type": "TemplateProcessing", "single": [bos, sequence],
+                              "pair": [bos, sequence], "special_tokens": {"<|im_start|>": ids}}]
+    spec["post_processor"] = {"type": "Sequence", "processors": post}
+    spec["decoder"] = {"type": "Sequence", "decoders": [spec["decoder"]]}
+    return with_late_words(spec)
+
+
+def with_late_words(spec: dict) -> dict:
+    """The words that transformers' add_tokens adds are found in the normalised text."""
+    ids = [token["id"] for token in spec["added_tokens"]] + [*spec["model"]["vocab"].values()]
+    for i, word in enumerate(["cats", "a b", "</think>s", "<p>h", "<|late|>"], 1 + max(ids)):
+        spec["added_tokens"].append(added(word, i, False, normalized=True))
+    return spec
+
+
+def late_words(make, *args, **options) -> dict:
+    return with_late_words(make(*args, **options))
 
 
 def write(folder: Path, spec: dict, **files) -> Path:
@@ -327,6 +359,12 @@ KINDS = {
     "metaspace always": (sentencepiece_spec, {"scheme": "always"}),
     "metaspace first": (sentencepiece_spec, {"scheme": "first"}),
     "metaspace never": (sentencepiece_spec, {"scheme": "never"}),
+    "llama 3": (llama3_spec, {}),
+    "r1-distill": (llama3_spec, {"nfc": False}),
+    "late words, prefix": (functools.partial(late_words, sentencepiece_spec), {}),
+    "late words, no prefix": (functools.partial(late_words, sentencepiece_spec), {"prefix": False}),
+    "late words, first": (functools.partial(late_words, sentencepiece_spec), {"scheme": "first"}),
+    "late words, always": (functools.partial(late_words, sentencepiece_spec), {"scheme": "always"}),
 }
 
 
@@ -338,7 +376,7 @@ def test_small_tokenizers_equal_the_library(tmp_path, rng, kind):
     folder = write(tmp_path, make(rng, text, **options))
     tokenizer, theirs = Tokenizer.from_pretrained(folder), library(folder)
     words = ["<think>", "</think>", "</think>  \n", "</s>", " \n</s>\u3000 ", "\n\n\n\n\n", "<p>",
-             "<|im_end|>", "<s>"]
+             "<|im_end|>", "<s>", "cats", " cats", "a b", "</think>s", "<p>h", " <|late|>"]
     texts = [OPENING]
     for _ in range(400):
         parts = rng.choices(words, k=3) + [random_text(rng) for _ in range(3)]
@@ -346,6 +384,8 @@ def test_small_tokenizers_equal_the_library(tmp_path, rng, kind):
     assert mismatches(tokenizer, theirs, texts) == []
     for ids in random_ids(tokenizer, rng, folder, 300):
         assert tokenizer.decode(ids) == theirs.decode(ids), ids
+    ids = tokenizer.encode("a <|late|> b", marks=False)
+    assert not {*tokenizer.marks.values()} & {*ids} and "<|late|>" in tokenizer.decode(ids)
 
 
 def test_the_embedded_tokenizer_equals_the_library(tokenizer, rng):
@@ -463,6 +503,11 @@ def test_stop_ids_come_from_all_files(tmp_path):
     assert stops(tokenizer_config={"eos_token": {"content": "<|endoftext|>"}}) == {end}
     both = stops(config={"eos_token_id": end}, generation_config={"eos_token_id": [turn, 5]})
     assert both == {end, turn, 5}
+    assert stops(special_tokens_map={"eos_token": "<|endoftext|>"}) == {end}
+    other = {"eos_token": "<|im_end|>"}  # goes first, unless it says null
+    assert stops(special_tokens_map={"eos_token": "x"}, tokenizer_config=other) == {turn}
+    other = {"eos_token": None}
+    assert stops(special_tokens_map={"eos_token": "<|endoftext|>"}, tokenizer_config=other) == {end}
     assert stops(config={"text_config": {"eos_token_id": 0}}) == {0}
     chatml = {"chat_template": "<|im_start|><|im_end|>"}
     assert stops(config={"eos_token_id": end}, tokenizer_config=chatml) == {end, turn}
@@ -512,7 +557,6 @@ def test_nothing_touches_the_network(small, monkeypatch):
 @pytest.mark.parametrize("change, says", [
     (lambda s: s["model"].update(type="Unigram", vocab=[["a", 0.0]]), "Unigram"),
     (lambda s: s["model"].update(dropout=0.1), "dropout"),
-    (lambda s: s["model"].update(ignore_merges=True), "ignore_merges"),
     (lambda s: s["model"].update(merges=[["zz", "q"]]), "merge"),
     (lambda s: s["model"].update(merges=[["a", "b", "c"]]), "merge"),
     (lambda s: s["model"].update(merges=[["a", ""]]), "merge"),
@@ -523,7 +567,7 @@ def test_nothing_touches_the_network(small, monkeypatch):
     (lambda s: s["model"]["vocab"].update(a=10**12), "id"),
     (lambda s: s.update(model=[]), "laid out"),
     (lambda s: s.update(added_tokens=[{"id": 3}]), "laid out"),
-    (lambda s: s["added_tokens"][-1].update(normalized=True), "added token"),
+    (lambda s: s["added_tokens"][-1].update(single_word=True), "added token"),
     (lambda s: s["added_tokens"][-1].update(content=""), "added token"),
     (lambda s: s["added_tokens"][-1].update(content="t"), "added token"),
     (lambda s: s.update(normalizer={"type": "Lowercase"}), "normalizer"),
@@ -537,6 +581,68 @@ def test_unknown_kinds_are_refused_in_one_sentence(tmp_path, change, says):
         with pytest.raises(ValueError, match=says) as error:
             Tokenizer.from_pretrained(write(tmp_path, spec))
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def paths_in(value, path=()) -> list[tuple]:
+    """Where something can be changed: at most 12 places a dict or list."""
+    items = []
+    if isinstance(value, dict | list):
+        items = list(value.items() if isinstance(value, dict) else enumerate(value))
+    found = [path] if path else []
+    for key, inner in random.sample(items, min(len(items), 12)):
+        found += paths_in(inner, (*path, key))
+    return found
+
+
+ODD = [None, True, 0, -1, 2.5, 1e308, float("nan"), 10**30, "", "x", "\ud800", [], [None], [[]], {},
+       {"type": "x"}, [1, 2]]
+
+
+def mutated(value, rng: random.Random):
+    """A copy with one place gone, renamed or odd."""
+    copy = json.loads(json.dumps(value))
+    *path, last = rng.choice(paths_in(copy))
+    place = copy
+    for key in path:
+        place = place[key]
+    kind = rng.randrange(4)
+    if kind == 0:
+        del place[last]
+    elif kind == 1 and isinstance(place, dict):
+        place[f"{last}x"] = place.pop(last)
+    else:
+        place[last] = rng.choice(ODD)
+    return copy
+
+
+def test_no_change_of_a_file_ends_in_a_traceback(tmp_path, rng):
+    """500 changes of the JSON files of a model: a ValueError of one sentence, or it works."""
+    random.seed(rng.random())
+    cases = json.loads((Path(__file__).parent / "model_vectors" / "cases.json").read_text())
+    makes = [llama3_spec, sentencepiece_spec, functools.partial(byte_level_spec, pattern=None)]
+    specs, worked = [make(rng, OPENING) for make in makes], 0
+    for _ in range(500):
+        files = {
+            "tokenizer": rng.choice(specs),
+            "config": rng.choice(list(cases.values()))["config"] | {"vocab_size": 5000},
+            "tokenizer_config": {"bos_token": {"content": "<s>"}, "add_bos_token": None,
+                                 "chat_template": "{{ bos_token }}{{ messages[0]['content'] }}"},
+            "special_tokens_map": {"eos_token": "</s>"},
+            "generation_config": {"eos_token_id": [1, 2]},
+            "chat_template": {"chat_template": "{{ messages[0]['content'] }}"},
+        }
+        name = rng.choice(list(files))
+        files[name] = mutated(files[name], rng)
+        spec = files.pop("tokenizer")
+        folder = write(tmp_path, spec, **files)
+        try:
+            GPTConfig.from_hf(files["config"])
+            tokenizer = Tokenizer.from_pretrained(folder)
+            tokenizer.decode(encode_prompt(tokenizer, OPENING))
+            worked += 1
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 800, (name, str(error))
+    assert 100 < worked < 450
 
 
 def test_missing_and_broken_files_say_so(tmp_path):

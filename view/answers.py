@@ -4,14 +4,12 @@
 """
 import textwrap
 
-from data.hub import find_model
 from data.prompts import encode_prompt
 from data.tiny_world import tiny_problems
-from data.tokenizer import Tokenizer
 from model import GPT
 from rollout import generate
 from runtime.errors import user_errors
-from runtime.settings import Parser, positive_int
+from runtime.settings import Parser, open_model, positive_int, prompt_flags
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,11 +18,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--question", default=tiny_problems("test")[32][0],
                         help="(default: a held-out problem of the embedded model)")
     parser.add_argument("--max-new-tokens", type=positive_int, default=256, help="(default: 256)")
+    prompt_flags(parser)
     args = parser.parse_args(argv)
     print(textwrap.fill(args.question, 96))
     for name in args.models:
-        folder = find_model(name)
-        tokenizer = Tokenizer.from_pretrained(folder)
+        folder, tokenizer = open_model(name, args)
         prompt = encode_prompt(tokenizer, args.question)
         model = GPT.from_pretrained(folder, length=len(prompt) + args.max_new_tokens)
         answer, = generate(model, [prompt], max_new_tokens=args.max_new_tokens,

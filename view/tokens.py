@@ -132,6 +132,8 @@ def main(argv: list[str] | None = None) -> None:
     name = args.model or settings.get("model", "tiny")
     folder = find_model(name)
     tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer.system, tokenizer.instruction = settings.get("system"), settings.get("instruction")
+    tokenizer.thinking = bool(settings.get("thinking"))
     if args.answer:
         end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         answer = tokenizer.encode(args.answer, at_start=False) + end
