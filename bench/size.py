@@ -12,20 +12,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {  # lines at most: of a file, or of all files of a folder together
-    "train_sa_grpo.py": 200,
-    "train_sa_ppo.py": 290,
-    "sar.py": 340,
-    "rollout.py": 360,
-    "model.py": 600,
-    "verify.py": 1880,
-    "evaluate.py": 240,
-    "kernels.py": 110,
-    "runtime": 990,  # the plan was 650: answers, batches and metrics came here from the scripts
-    "data": 1050,
+    "train_sa_grpo.py": 210,
+    "train_sa_ppo.py": 304,
+    "sar.py": 357,
+    "rollout.py": 378,
+    "model.py": 630,
+    "verify.py": 1250,
+    "evaluate.py": 256,
+    "kernels.py": 115,
+    "runtime": 1088,  # the plan was 650: answers, batches and metrics came here from the scripts
+    "data": 1219,
 }
 NOT_CORE = ("data/make_tiny.py", "data/tiny_world.py")
 MAY_BE_DENSE = ("verify.py",)
-MAX_TOKENS = 47_000
+MAX_TOKENS = 46_800
 MAX_COLUMNS = 100
 LAYOUT = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER"}
 
