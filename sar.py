@@ -4,10 +4,10 @@
     R_SA = clip((ppl(a) - ppl(a|q)) / ppl(a), -1, 1)            (arXiv 2509.05489, ICLR 2026)
 
 An answer that its question makes likelier than it is on its own scores high. Text that any answer
-could hold (filler, repetition, re-checking) is about as likely with the question as without it and
-pulls R_SA towards zero; so does an answer that the question does not lead to. Token by token, with
-v(a_j) = log P(a_j | q, a_<j) - log P(a_j | a_<j), R_SA = 1 - exp(-mean_j v(a_j)), at least -1;
-`python -m view.tokens` shows v.
+could hold (filler, repetition) is about as likely with the question as without it and pulls R_SA to
+zero. With v(a_j) = log P(a_j | q, a_<j) - log P(a_j | a_<j), R_SA = 1 - exp(-mean_j v(a_j)), at
+least -1 (python -m view.tokens shows v): 1 - IFD, the instruction-following difficulty of data
+selection, in its perplexity form (Superfiltering, arXiv 2402.00530).
 """
 import math
 from bisect import bisect_left
