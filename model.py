@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data.files import open_tensors, read_json
 from kernels import ATTENTION_STEP, decode_attention, pack, packed_linear, round_up
@@ -256,13 +257,19 @@ class Linear(nn.Linear):
     packed = None
 
     def forward(self, x):
-        if self.packed is None:
-            return super().forward(x)
-        return packed_linear(x, self.packed, self.bias)
+        if self.packed is not None:
+            return packed_linear(x, self.packed, self.bias)
+        bias = None if self.bias is None else self.bias.to(self.weight.dtype)  # it may be float32
+        return F.linear(x, self.weight, bias)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each: norm, sublayer, (Gemma: norm again,) add to the stream."""
+    """Attention and MLP, each: norm, sublayer, (Gemma: norm again,) add to the stream.
+
+    recompute: keep only x for the backward, which then computes the rest again.
+    """
+    recompute = False
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         c, self.config, self.layer = config, config, layer
@@ -286,6 +293,13 @@ class Block(nn.Module):
         cache.flat the new k and v go. past: per layer the k and v (B, Hkv, S, hd) to attend to,
         these tokens included; None: these tokens attend to one another only.
         """
+        inputs = x, cos, sin, mask, cache, index, past
+        if self.recompute and torch.is_grad_enabled():  # nothing is random: no generator to restore
+            return checkpoint(self.sublayers, *inputs, use_reentrant=False,
+                              preserve_rng_state=False)
+        return self.sublayers(*inputs)
+
+    def sublayers(self, x, cos, sin, mask, cache, index, past):
         c = self.config
         normed = rms_norm(x, self.attention_norm, c)
         out = self.attention(normed, cos, sin, mask, cache, index, past)

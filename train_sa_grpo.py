@@ -116,18 +116,19 @@ def main(argv: list[str] | None = None):
     problems, held_out = training_problems(args, tokenizer, folder)
     no_question = encode_prompt(tokenizer, "")  # what ppl(a) is conditioned on
     run = runs.Run(args, "grpo", folder)
-    place = dict(device=args.device, shard=parallel.sharding(args),
+    place = dict(device="cpu" if args.offload else args.device, shard=parallel.sharding(args),
                  length=args.max_prompt_tokens + args.max_new_tokens)
-    policy = GPT.from_pretrained(run.checkpoint or folder, **place)  # float32 weights, always
+    masters = GPT.from_pretrained(run.checkpoint or folder, **place)  # float32 weights, always
     frozen = None
     if args.kl_coef or args.score_with == "frozen":
         frozen = GPT.from_pretrained(folder, dtype=getattr(torch, args.dtype), **place)
         frozen.requires_grad_(False)
+    policy = parallel.working_copy(masters, args)
     sampler = parallel.sampler_for(policy, args)
-    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
+    optimizer = torch.optim.AdamW(masters.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
                                   fused=True)
     if run.checkpoint:
-        runs.load_optimizer(run.checkpoint / "optimizer.safetensors", policy, optimizer)
+        runs.load_optimizer(run.checkpoint / "optimizer.safetensors", masters, optimizer)
 
     def evaluate_now(steps_done: int):
         result = evaluate(sampler, tokenizer, held_out, args)
@@ -185,8 +186,7 @@ def main(argv: list[str] | None = None):
                 means.add(loss=loss, kl=kl, entropy=entropy, clipped=clipped, drift=logprob - old)
             grad_norm = parallel.clip_gradients(policy, MAX_GRAD_NORM)
             run.must_be_finite("gradient", grad_norm, minibatch)
-            optimizer.step()
-            optimizer.zero_grad()
+            parallel.optimizer_step(optimizer, masters, policy)
             means.add(grad_norm=grad_norm)
         parallel.copy_weights_to(sampler, policy)
         run.lap("update")
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None):
         if run.evaluation_due():
             evaluate_now(step + 1)
         if run.checkpoint_due():
-            run.save(tokenizer, policy, optimizer)
+            run.save(tokenizer, masters, optimizer)
     evaluations = run.finish("train_sa_grpo.py")
     if evaluations:
         print(comparison_table(evaluations))

@@ -8,6 +8,7 @@ same order, because no branch around one depends on data that only one process h
 """
 import atexit
 import contextlib
+import copy
 import functools
 import io
 import itertools
@@ -30,7 +31,7 @@ from tqdm import tqdm
 import sar
 from data.problems import Problem, shuffled
 from data.prompts import encode_prompt
-from model import GPT
+from model import GPT, Block
 from rollout import generate
 from verify import Verdict
 
@@ -144,10 +145,57 @@ def reshard(model):
             module.reshard()
 
 
+def working_copy(masters, args):
+    """What runs forward and backward: the masters (float32 weights) themselves, in float32 and
+    where they are sharded. Else a copy on the device, which optimizer_step keeps current: matrices
+    in bfloat16, norms and biases and all gradients in float32. It serves the sampler too."""
+    for module in masters.modules():
+        if isinstance(module, Block):
+            module.recompute = bool(args.recompute)
+    if args.dtype == "float32" or isinstance(masters, FSDPModule):
+        return masters
+    working = copy.deepcopy(masters)
+    dtypes = {1: torch.float32, 2: torch.bfloat16}  # of vectors and of matrices
+    working._apply(lambda p: p.to(args.device, dtypes[p.dim()]))
+    for p in working.parameters():
+        p.grad_dtype = torch.float32
+    return working
+
+
+@torch.no_grad()
+def optimizer_step(optimizer, masters, policy):
+    """Update the masters with the policy's gradients, which are then freed.
+
+    A copy goes parameter by parameter (gradient to the masters' device, AdamW there, rounded weight
+    back), so that masters in host memory need room for one gradient only.
+    """
+    if masters is policy:
+        optimizer.step()
+    else:
+        for master, p in zip(masters.parameters(), policy.parameters()):
+            if p.grad is not None:
+                master.grad = p.grad.to(master.device)
+                optimizer.step()  # of this parameter: no other has a gradient
+                master.grad = None
+                p.copy_(master)
+    policy.zero_grad()
+
+
+@contextlib.contextmanager
+def on_device(model, args):
+    """Inside, a model that --offload keeps in host memory lies on the device."""
+    home = [p.data for p in model.parameters()] if args.offload else []
+    if home:
+        model.to(args.device)
+    yield
+    for p, data in zip(model.parameters(), home):
+        p.data = data
+
+
 def sampler_for(policy: GPT, args) -> GPT:
-    """The model that samples: the policy itself, if it is whole and in float32. Else a copy, whole
-    in every process and in --dtype, which copy_weights_to keeps current."""
-    if args.dtype == "float32" and not isinstance(policy, FSDPModule):
+    """The model that samples: the policy itself, if it is whole. Else a copy, whole in every
+    process and in --dtype, which copy_weights_to keeps current."""
+    if not isinstance(policy, FSDPModule):
         return policy
     with torch.device("meta"):
         sampler = GPT(policy.config).to(getattr(torch, args.dtype)).requires_grad_(False)
@@ -251,7 +299,7 @@ def score(model, contexts: list[list[int]], tokens: list[list[int]], args, head=
     """
     rank, world = processes()
     head = head or sar.logprob_head(model, args.temperature)
-    with autocast(args):
+    with autocast(args), on_device(model, args):
         pieces = sar.score_answers(model, contexts, tokens, head, micro_tokens=args.micro_tokens,
                                    rank=rank, world=world)
     if world == 1:

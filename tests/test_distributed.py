@@ -38,16 +38,14 @@ import json, sys, torch, train_sa_grpo, train_sa_ppo
 from runtime import parallel, runs
 from runtime.errors import user_errors
 from safetensors.torch import save_file
-step = torch.optim.AdamW.step
-def record(self, closure=None):
-    grads = []
-    for group in self.param_groups:
-        have = [p.grad for p in group["params"] if p.grad is not None]
-        grads += [parallel.all_gather(grad).clone() for grad in have]
+clip = parallel.clip_gradients
+def record(model, limit):
+    have = [p.grad for p in model.parameters() if p.grad is not None]
+    grads = [parallel.all_gather(grad).clone() for grad in have]
     if parallel.processes()[0] == 0:
         seen.append(torch.cat([g.flatten() for g in grads]))
-    return step(self, closure)
-torch.optim.AdamW.step = record
+    return clip(model, limit)
+parallel.clip_gradients = record
 with user_errors():
     for script, argv in json.loads(sys.argv[1]):
         seen = []
