@@ -102,13 +102,13 @@ def kl_k3(logprob: Tensor, frozen_logprob: Tensor) -> Tensor:
 
 def main(argv: list[str] | None = None):
     # ---- settings ----
+    keep_freed_memory()
     parser = settings.training_parser("Train with SA-GRPO (arXiv 2509.05489).", PAPER, TINY)
     parser.add_argument("--keep", type=settings.positive_int, help="GFPO: so many shortest teach")
     args = settings.parse(parser, "grpo", argv)
     if not 2 <= (args.keep or args.samples) <= args.samples:
         raise ValueError(f"--samples {args.samples}, --keep {args.keep}: a group needs at least 2 "
                          "answers, their mean is the baseline, and keeps no more than it has")
-    keep_freed_memory()
 
     # ---- data and models ----
     folder = find_model(args.model)

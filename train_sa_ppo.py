@@ -147,6 +147,7 @@ def kl_k3(logprob: Tensor, frozen_logprob: Tensor) -> Tensor:
 
 def main(argv: list[str] | None = None):
     # ---- settings ----
+    keep_freed_memory()
     parser = settings.training_parser("Train with SA-PPO (arXiv 2509.05489).", PAPER, TINY)
     parser.flag("--critic-lr", settings.positive_float, "the critic's AdamW learning rate")
     parser.flag("--critic-warmup", settings.natural, "steps in which only the critic learns")
@@ -163,7 +164,6 @@ def main(argv: list[str] | None = None):
                          "off the reward")
     if args.credit == "token" and args.reward != "sar":
         raise ValueError(f"--credit token is for --reward sar, not {args.reward}")
-    keep_freed_memory()
 
     # ---- data and models ----
     folder = find_model(args.model)

@@ -4,15 +4,22 @@ import os
 import sys
 import traceback
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
 from runtime import parallel
 
+OUTSIDE_UPDATE = {  # by function: the phase, and the flag that makes room
+    "from_pretrained": ("loading", "--offload"),
+    "score": ("scoring", "a lower --micro-tokens, then --offload"),
+    "sample": ("sampling", "a lower --slots, then --offload"),
+}
+
 
 @contextlib.contextmanager
 def user_errors():
-    """Turn ValueError and OSError into one sentence and exit status 2, without a traceback.
+    """Turn ValueError, OSError and a GPU's out of memory into one sentence and exit status 2.
 
     With several processes all of them show what ended the first. SA_TRACEBACK=1 shows where.
     """
@@ -23,10 +30,12 @@ def user_errors():
             leave(0)
     except KeyboardInterrupt:  # before the run has begun; later a signal finishes the step first
         sys.exit(130)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         if os.environ.get("SA_TRACEBACK"):
             raise
         text = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            text = out_of_memory(error)
         if isinstance(error, OSError) and error.strerror:
             text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         if dist.is_initialized():
@@ -37,6 +46,17 @@ def user_errors():
         if dist.is_initialized():
             end_all(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
         raise
+
+
+def out_of_memory(error) -> str:
+    """Where a GPU's memory ended, by the functions that ran, and what to do about it."""
+    running = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    phase, cure = "the update", "--recompute, then --offload, then a lower --micro-tokens"
+    for name, other in OUTSIDE_UPDATE.items():
+        if name in running:
+            phase, cure = other
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    return f"the GPU's memory ended in {phase}, peak {peak:.1f} GB: turn first {cure}"
 
 
 def end_all(text: str, status: int, details: str = ""):

@@ -155,8 +155,7 @@ def working_copy(masters, args):
     if args.dtype == "float32" or isinstance(masters, FSDPModule):
         return masters
     working = copy.deepcopy(masters)
-    dtypes = {1: torch.float32, 2: torch.bfloat16}  # of vectors and of matrices
-    working._apply(lambda p: p.to(args.device, dtypes[p.dim()]))
+    working._apply(lambda p: p.to(args.device, p.dtype if p.dim() == 1 else torch.bfloat16))
     for p in working.parameters():
         p.grad_dtype = torch.float32
     return working
@@ -179,17 +178,6 @@ def optimizer_step(optimizer, masters, policy):
                 master.grad = None
                 p.copy_(master)
     policy.zero_grad()
-
-
-@contextlib.contextmanager
-def on_device(model, args):
-    """Inside, a model that --offload keeps in host memory lies on the device."""
-    home = [p.data for p in model.parameters()] if args.offload else []
-    if home:
-        model.to(args.device)
-    yield
-    for p, data in zip(model.parameters(), home):
-        p.data = data
 
 
 def sampler_for(policy: GPT, args) -> GPT:
@@ -299,9 +287,14 @@ def score(model, contexts: list[list[int]], tokens: list[list[int]], args, head=
     """
     rank, world = processes()
     head = head or sar.logprob_head(model, args.temperature)
-    with autocast(args), on_device(model, args):
+    home = next(model.parameters()).device
+    if args.offload:  # the frozen start lies in host memory
+        model.to(args.device)
+    with autocast(args):
         pieces = sar.score_answers(model, contexts, tokens, head, micro_tokens=args.micro_tokens,
                                    rank=rank, world=world)
+    if args.offload:
+        model.to(home)
     if world == 1:
         return pieces
     reshard(model)

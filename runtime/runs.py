@@ -24,8 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from bench import memory
 from data.files import open_tensors, read_json, write_atomically
-from model import GPT, GPTConfig
+from kernels import available_memory
+from model import GPTConfig
 from runtime.parallel import Answer, Means, all_gather, from_rank_0, own_rows, processes, reshard
 from sar import perplexity
 from verify import STATUSES
@@ -113,10 +115,12 @@ class Run:
         self.stop_signal: int | None = None
         self.is_main = processes()[0] == 0
         if self.is_main:
-            with torch.device("meta"):
-                model = GPT(GPTConfig.from_hf(read_json(folder / "config.json")))
-            parameters = sum(p.numel() for p in model.parameters())
+            config = GPTConfig.from_hf(read_json(folder / "config.json"))
+            parameters = memory.counts(config)[0]
             warn_if_large(args, parameters, models)
+            if args.device.startswith("cuda"):
+                free = torch.cuda.mem_get_info(args.device)[0]
+                say(memory.what_fits(args, config, models > 1, free, available_memory()))
             self.prepare(algorithm, models * parameters)
         self.step, checkpoint = from_rank_0(lambda: (self.step, str(self.checkpoint or "")))
         if not self.is_main:

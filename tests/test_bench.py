@@ -6,9 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import ROOT
 
-from bench import pareto, seeds
+from bench import memory, pareto, seeds
 from bench.ranking import read_gsm8k, variants
+from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig
 
 EGGS = (
     "A cook has 3 boxes of 4 eggs and breaks 2. How many are whole?",
@@ -54,6 +57,42 @@ def test_gsm8k_files_that_are_not(data, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"question": "x", "answer": 3}\n')
     with pytest.raises(ValueError, match="line 1 is not GSM8K's published form"):
         read_gsm8k(str(tmp_path / "bad.jsonl"), 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model whose activations are most of its memory."""
+    config = {"model_type": "qwen3", "vocab_size": 600, "hidden_size": 128, "head_dim": 32,
+              "intermediate_size": 384, "num_hidden_layers": 12, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 512}
+    place = tmp_path_factory.mktemp("model")
+    Tokenizer.from_pretrained(ROOT / "data/tiny").copy_to(place)
+    GPT(GPTConfig.from_hf(config)).save_pretrained(place)
+    return str(place)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_by_role_is_the_formulas(dtype, folder):
+    """The most that live tensors hold in an update on a CPU, plain and with the flags."""
+    work = {}
+    for mode in memory.MODES[:2 + (dtype == "bfloat16")]:
+        argv = ["--measure", "--model", folder, "--device", "cpu", "--dtype", dtype, *mode.split()]
+        measured, formula = memory.main([*argv, "--micro-tokens", "1024"])
+        for role, size in measured.items():
+            assert size == pytest.approx(formula[role], rel=0.05), role
+        work[mode] = 2 * measured["peak"] - sum(measured.values())
+    assert work["--recompute"] < work[""] / 5
+
+
+def test_what_fits_where():
+    """Bytes of the issue's targets; the table says the same."""
+    fits = {("1.5b", 24): 1, ("4b", 48): 1, ("8b", 80): 1, ("1.5b", 80): 3, ("8b", 48): 0}
+    for (name, card), modes in fits.items():
+        found = memory.modes_that_fit(card * 1e9, 1e12, memory.config_of(name), micro_tokens=5120)
+        assert found == list(memory.MODES[3 - modes:])
+    assert not memory.modes_that_fit(24e9, 20e9, memory.config_of("1.5b"))  # the host is too small
+    row, = (x for x in memory.by_card(["4b"], micro_tokens=5120).splitlines() if "offload" in x)
+    assert row.endswith("| - | - | yes | yes |")
 
 
 def test_pareto_front_by_hand():
