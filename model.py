@@ -286,20 +286,19 @@ class Block(nn.Module):
             self.attention_post_norm = nn.Parameter(torch.ones(c.width))
             self.mlp_post_norm = nn.Parameter(torch.ones(c.width))
 
-    def forward(self, x, cos, sin, mask, cache, index, past):
-        """x (B, T, D) -> (B, T, D).
-
-        cos, sin: from rotation. mask: from attention_mask. index (B * T * Hkv,): where in
-        cache.flat the new k and v go. past: per layer the k and v (B, Hkv, S, hd) to attend to,
-        these tokens included; None: these tokens attend to one another only.
-        """
-        inputs = x, cos, sin, mask, cache, index, past
+    def forward(self, *inputs):
         if self.recompute and torch.is_grad_enabled():  # nothing is random: no generator to restore
             return checkpoint(self.sublayers, *inputs, use_reentrant=False,
                               preserve_rng_state=False)
         return self.sublayers(*inputs)
 
     def sublayers(self, x, cos, sin, mask, cache, index, past):
+        """x (B, T, D) -> (B, T, D).
+
+        cos, sin: from rotation. mask: from attention_mask. index (B * T * Hkv,): where in
+        cache.flat the new k and v go. past: per layer the k and v (B, Hkv, S, hd) to attend to,
+        these tokens included; None: these tokens attend to one another only.
+        """
         c = self.config
         normed = rms_norm(x, self.attention_norm, c)
         out = self.attention(normed, cos, sin, mask, cache, index, past)

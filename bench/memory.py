@@ -49,6 +49,7 @@ from torch.utils._pytree import tree_leaves
 
 from data.files import read_json
 from data.hub import find_model
+from kernels import available_memory
 from model import GPT, GPTConfig
 from runtime import parallel
 from runtime.errors import user_errors
@@ -176,13 +177,14 @@ def modes_that_fit(free: float, host: float, config: GPTConfig, **settings) -> l
     return fit
 
 
-def what_fits(args, config: GPTConfig, ppo: bool, free: float, host: float) -> str:
+def what_fits(args, config: GPTConfig, ppo: bool) -> str:
     """A sentence: what the run of these settings needs, what is free, which flags make it fit."""
     settings = dict(
         processes=parallel.processes()[1], b=getattr(torch, args.dtype).itemsize, ppo=ppo,
         micro_tokens=max(args.micro_tokens, args.max_prompt_tokens + args.max_new_tokens),
         length=args.max_prompt_tokens + args.max_new_tokens,
         frozen=args.kl_coef > 0 or args.score_with == "frozen")
+    free, host = torch.cuda.mem_get_info(args.device)[0], available_memory()
     parts = memory(config, mode=mode_of(args), **settings)
     text = f"a step needs {(parts['peak'] + CONTEXT) / 1e9:.1f} GB of GPU memory by the formula"
     text += f" of bench.memory, {free / 1e9:.1f} GB are free"

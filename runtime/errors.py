@@ -10,12 +10,7 @@ from safetensors import SafetensorError
 
 from runtime import parallel
 
-OUTSIDE_UPDATE = {  # by function: the phase, and the flag that makes room
-    "from_pretrained": ("loading", "--offload"),
-    "score": ("scoring", "a lower --micro-tokens, then --offload"),
-    "sample": ("sampling", "a lower --slots, then --offload"),
-}
-
+PHASES = {"from_pretrained": "loading", "sample": "sampling", "score": "scoring"}  # by function
 
 @contextlib.contextmanager
 def user_errors():
@@ -49,14 +44,11 @@ def user_errors():
 
 
 def out_of_memory(error) -> str:
-    """Where a GPU's memory ended, by the functions that ran, and what to do about it."""
     running = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-    phase, cure = "the update", "--recompute, then --offload, then a lower --micro-tokens"
-    for name, other in OUTSIDE_UPDATE.items():
-        if name in running:
-            phase, cure = other
-    peak = torch.cuda.max_memory_allocated() / 1e9
-    return f"the GPU's memory ended in {phase}, peak {peak:.1f} GB: turn first {cure}"
+    phase = next(filter(PHASES.get, running), "update")
+    return (f"the GPU's memory ended in {PHASES.get(phase, 'the update')}, after a peak of "
+            f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB: turn on --recompute first, then "
+            "--offload, then lower --micro-tokens (in sampling: --slots)")
 
 
 def end_all(text: str, status: int, details: str = ""):

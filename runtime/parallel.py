@@ -31,7 +31,7 @@ from tqdm import tqdm
 import sar
 from data.problems import Problem, shuffled
 from data.prompts import encode_prompt
-from model import GPT, Block
+from model import GPT
 from rollout import generate
 from verify import Verdict
 
@@ -146,12 +146,11 @@ def reshard(model):
 
 
 def working_copy(masters, args):
-    """What runs forward and backward: the masters (float32 weights) themselves, in float32 and
-    where they are sharded. Else a copy on the device, which optimizer_step keeps current: matrices
-    in bfloat16, norms and biases and all gradients in float32. It serves the sampler too."""
-    for module in masters.modules():
-        if isinstance(module, Block):
-            module.recompute = bool(args.recompute)
+    """The model that is trained: the float32 masters themselves, in float32 or sharded. Else a copy
+    that optimizer_step keeps current, on the device: bfloat16 matrices, float32 norms, biases and
+    gradients. The same copy samples and scores."""
+    for block in getattr(masters, "body", masters).blocks:  # a critic has a body
+        block.recompute = args.recompute
     if args.dtype == "float32" or isinstance(masters, FSDPModule):
         return masters
     working = copy.deepcopy(masters)
@@ -163,26 +162,22 @@ def working_copy(masters, args):
 
 @torch.no_grad()
 def optimizer_step(optimizer, masters, policy):
-    """Update the masters with the policy's gradients, which are then freed.
-
-    A copy goes parameter by parameter (gradient to the masters' device, AdamW there, rounded weight
-    back), so that masters in host memory need room for one gradient only.
-    """
+    """Update the masters with the policy's gradients, then free these. Where the policy is a copy,
+    a parameter at a time: the host needs room for one gradient only."""
     if masters is policy:
         optimizer.step()
-    else:
-        for master, p in zip(masters.parameters(), policy.parameters()):
-            if p.grad is not None:
-                master.grad = p.grad.to(master.device)
-                optimizer.step()  # of this parameter: no other has a gradient
-                master.grad = None
-                p.copy_(master)
-    policy.zero_grad()
+        return optimizer.zero_grad()
+    for master, p in zip(masters.parameters(), policy.parameters()):
+        if p.grad is not None:
+            master.grad = p.grad.to(master.device)
+            optimizer.step()  # of this parameter: no other master has a gradient
+            p.copy_(master)
+            master.grad = p.grad = None
 
 
 def sampler_for(policy: GPT, args) -> GPT:
-    """The model that samples: the policy itself, if it is whole. Else a copy, whole in every
-    process and in --dtype, which copy_weights_to keeps current."""
+    """The model that samples: the policy itself, if it is whole; else a copy in --dtype, whole in
+    every process, which copy_weights_to keeps current."""
     if not isinstance(policy, FSDPModule):
         return policy
     with torch.device("meta"):

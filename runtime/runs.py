@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from bench import memory
 from data.files import open_tensors, read_json, write_atomically
-from kernels import available_memory
 from model import GPTConfig
 from runtime.parallel import Answer, Means, all_gather, from_rank_0, own_rows, processes, reshard
 from sar import perplexity
@@ -119,8 +118,7 @@ class Run:
             parameters = memory.counts(config)[0]
             warn_if_large(args, parameters, models)
             if args.device.startswith("cuda"):
-                free = torch.cuda.mem_get_info(args.device)[0]
-                say(memory.what_fits(args, config, models > 1, free, available_memory()))
+                say(memory.what_fits(args, config, ppo=models > 1))
             self.prepare(algorithm, models * parameters)
         self.step, checkpoint = from_rank_0(lambda: (self.step, str(self.checkpoint or "")))
         if not self.is_main:

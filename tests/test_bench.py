@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import ROOT
 
 from bench import memory, pareto, seeds
@@ -63,7 +64,7 @@ def test_gsm8k_files_that_are_not(data, tmp_path):
 def folder(tmp_path_factory):
     """A model whose activations are most of its memory."""
     config = {"model_type": "qwen3", "vocab_size": 600, "hidden_size": 128, "head_dim": 32,
-              "intermediate_size": 384, "num_hidden_layers": 12, "num_attention_heads": 4,
+              "intermediate_size": 384, "num_hidden_layers": 8, "num_attention_heads": 4,
               "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 512}
     place = tmp_path_factory.mktemp("model")
     Tokenizer.from_pretrained(ROOT / "data/tiny").copy_to(place)
@@ -77,7 +78,7 @@ def test_memory_by_role_is_the_formulas(dtype, folder):
     work = {}
     for mode in memory.MODES[:2 + (dtype == "bfloat16")]:
         argv = ["--measure", "--model", folder, "--device", "cpu", "--dtype", dtype, *mode.split()]
-        measured, formula = memory.main([*argv, "--micro-tokens", "1024"])
+        measured, formula = memory.main([*argv, "--micro-tokens", "512"])
         for role, size in measured.items():
             assert size == pytest.approx(formula[role], rel=0.05), role
         work[mode] = 2 * measured["peak"] - sum(measured.values())
@@ -93,6 +94,21 @@ def test_what_fits_where():
     assert not memory.modes_that_fit(24e9, 20e9, memory.config_of("1.5b"))  # the host is too small
     row, = (x for x in memory.by_card(["4b"], micro_tokens=5120).splitlines() if "offload" in x)
     assert row.endswith("| - | - | yes | yes |")
+
+
+def test_what_fits_is_said_before_the_first_step(monkeypatch):
+    args = SimpleNamespace(device="cuda:0", dtype="bfloat16", micro_tokens=4096, kl_coef=0.001,
+                           max_prompt_tokens=1024, max_new_tokens=4096, score_with="policy",
+                           recompute=None, offload=None)
+    monkeypatch.setattr(memory, "available_memory", lambda: 64e9)
+    for free, words in ((80e9, "48.9 GB of GPU memory by the formula of bench.memory, 80.0 GB are"),
+                        (40e9, "free: --recompute or --recompute --offload makes it fit"),
+                        (20e9, "free: --recompute --offload makes it fit"),
+                        (8e9, "free: none of --recompute and --offload makes it fit")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80e9))
+        assert words in memory.what_fits(args, memory.config_of("1.5b"), ppo=False)
+    args.recompute = args.offload = True
+    assert "step needs 14.2 GB" in memory.what_fits(args, memory.config_of("1.5b"), ppo=False)
 
 
 def test_pareto_front_by_hand():

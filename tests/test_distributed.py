@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from bench import memory
 from model import GPT, GPTConfig
+from runtime import parallel
 from sar import micro_batches
 
 GRPO = ("--prompts-per-step 6 --minibatch 3 --samples 3 --max-new-tokens 40 --eval-every 0 "
@@ -120,27 +122,31 @@ def test_micro_batches_of_several_processes(rng):
         assert dealt == [micro_batches(lengths, budget)] or world > 1
 
 
+@pytest.mark.parametrize("b", [4, 2])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_the_memory_formula_counts_what_a_block_keeps(kind):
-    """bench.memory against what autograd saves, in float32 on a CPU; what a second layer adds."""
+def test_the_memory_formula_counts_what_a_block_keeps(kind, b):
+    """bench.memory against what autograd saves on a CPU; what a second layer adds."""
+    args = SimpleNamespace(dtype={4: "float32", 2: "bfloat16"}[b], device="cpu", recompute=False)
+
     def kept(layers):
         config = GPTConfig.from_hf({
             "model_type": kind, "vocab_size": 64, "hidden_size": 256, "intermediate_size": 704,
             "head_dim": 32, "num_hidden_layers": layers, "num_attention_heads": 8,
             "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 512,
             "tie_word_embeddings": True})
-        model, seen = GPT(config), {}
+        model, seen = parallel.working_copy(GPT(config), args), {}
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
         def pack(t):
             if (place := t.untyped_storage().data_ptr()) not in weights:
                 seen[place] = t  # held, so that no other tensor takes its place
             return t
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+        with hooks, parallel.autocast(args):
             model(torch.randint(64, (2, 256)))
         return sum(t.untyped_storage().nbytes() for t in seen.values()) / 512, config
     (one, config), (two, _) = kept(1), kept(2)
-    assert two - one == pytest.approx(memory.per_token(config, 4), rel=0.01)
+    assert two - one == pytest.approx(memory.per_token(config, b, gpu=False), rel=0.01)
 
 
 @pytest.fixture(scope="module")
