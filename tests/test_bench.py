@@ -64,7 +64,7 @@ def test_gsm8k_files_that_are_not(data, tmp_path):
 def folder(tmp_path_factory):
     """A model whose activations are most of its memory."""
     config = {"model_type": "qwen3", "vocab_size": 600, "hidden_size": 128, "head_dim": 32,
-              "intermediate_size": 384, "num_hidden_layers": 8, "num_attention_heads": 4,
+              "intermediate_size": 384, "num_hidden_layers": 14, "num_attention_heads": 4,
               "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 512}
     place = tmp_path_factory.mktemp("model")
     Tokenizer.from_pretrained(ROOT / "data/tiny").copy_to(place)
