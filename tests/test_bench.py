@@ -2,6 +2,7 @@
 
 import json
 import random
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from bench import memory, pareto, seeds
+from bench import gpu, memory, pareto, seeds
 from bench.ranking import read_gsm8k, variants
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
@@ -109,6 +110,31 @@ def test_what_fits_is_said_before_the_first_step(monkeypatch):
         assert words in memory.what_fits(args, memory.config_of("1.5b"), ppo=False)
     args.recompute = args.offload = True
     assert "step needs 14.2 GB" in memory.what_fits(args, memory.config_of("1.5b"), ppo=False)
+
+
+def test_gpu_writes_what_there_is(monkeypatch, tmp_path):
+    """A part that fails and one that takes too long leave the others; their reason is in the file.
+    Here all but the first part are the command's own, on a CPU, without being run."""
+    seen = []
+
+    def fake(command, timeout, **kwargs):
+        seen.append(command[2:])
+        assert 0 < timeout <= gpu.LIMIT
+        if "bench.rollout" in command:
+            raise subprocess.TimeoutExpired(command, timeout)
+        failed = "--offload" in command
+        return SimpleNamespace(returncode=2 * failed, stdout="a table", stderr="error: why")
+    monkeypatch.setattr(gpu.subprocess, "run", fake)
+    gpu.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "gpu.md")])
+    text = (tmp_path / "gpu.md").read_text()
+    assert text.count("a table") == 5 and text.count("ended with status 2: error: why") == 1
+    assert text.count("not done after") == 1 and text.count("\n## ") == len(seen) == 6
+    measured = [command for command in seen if "--measure" in command]
+    assert [" ".join(command[9:]) for command in measured] == [
+        f"256 {mode}".strip() for mode in memory.MODES]
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="there is no GPU here"):
+            gpu.main([])
 
 
 def test_pareto_front_by_hand():
