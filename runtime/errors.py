@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 
 from runtime import parallel
 
-PHASES = {"from_pretrained": "loading", "sample": "sampling", "score": "scoring"}  # by function
+PHASES = {"from_pretrained": "loading", "working_copy": "loading", "sample": "sampling",
+          "score": "scoring"}  # by function; else the update
 
 @contextlib.contextmanager
 def user_errors():
@@ -44,9 +45,10 @@ def user_errors():
 
 
 def out_of_memory(error) -> str:
+    """Where it ended, by the functions that ran, and the flag to turn first."""
     running = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-    phase = next(filter(PHASES.get, running), "update")
-    return (f"the GPU's memory ended in {PHASES.get(phase, 'the update')}, after a peak of "
+    phases = [PHASES[name] for name in running if name in PHASES] or ["the update"]
+    return (f"the GPU's memory ended in {phases[0]}, after a peak of "
             f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB: turn on --recompute first, then "
             "--offload, then lower --micro-tokens (in sampling: --slots)")
 

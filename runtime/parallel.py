@@ -204,7 +204,7 @@ def clip_gradients(model, limit: float) -> Tensor:
 
 
 def autocast(args):
-    """Where --dtype is bfloat16: float32 weights, bfloat16 matmuls."""
+    """Where --dtype is bfloat16: bfloat16 matmuls beside a float32 residual stream."""
     if args.dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(args.device.split(":")[0], torch.bfloat16)

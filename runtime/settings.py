@@ -133,10 +133,10 @@ def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
     add("--micro-tokens", type=positive_int, help="tokens in one forward and backward, padding "
         "included; bounds memory and changes nothing else (default: 8192; large models on a CPU: "
         "512)")
-    add("--recompute", action="store_true", default=None, help="keep one activation a layer and "
-        "compute the others again in the backward: less memory, a third more work")
-    add("--offload", action="store_true", default=None, help="float32 weights, AdamW's state and "
-        "the frozen start in host memory; the GPU holds bfloat16 weights and gradients")
+    add("--recompute", action=argparse.BooleanOptionalAction, help="keep one activation a layer, "
+        "compute the others again in the backward: less memory, a third more work in the update")
+    add("--offload", action=argparse.BooleanOptionalAction, help="float32 weights, AdamW's state "
+        "and the frozen start in host memory; the GPU holds bfloat16 weights and gradients")
     add("--slots", type=positive_int, help="answers that decode at once (default: what the free "
         "memory holds)")
     add("--device", help="(default: a GPU if there is one)")
@@ -166,7 +166,7 @@ def parse(parser: Parser, algorithm: str, argv: list[str] | None = None) -> argp
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
     if args.offload and (args.dtype == "float32" or parallel.processes()[1] > 1):
         raise ValueError("--offload is for one process with --dtype bfloat16, whose weights it "
-                         "keeps in float32 on the host; torchrun shards these and needs no offload")
+                         "keeps in float32 on the host; torchrun shards these: --no-offload")
     prompts = args.prompts_per_step
     args.minibatch = args.minibatch or (prompts if prompts % 2 else prompts // 2)
     if prompts % args.minibatch:

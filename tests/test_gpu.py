@@ -1,13 +1,19 @@
 """What can be checked of the GPU's path without one, and what waits for one (bench.gpu runs it)."""
 import contextlib
 import copy
+import inspect
+import os
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import train_sa_grpo
+import train_sa_ppo
 from bench import memory
+from kernels import keep_freed_memory
 from model import GPT, GPTConfig, KVCache
 from rollout import draw
 from runtime import parallel
@@ -73,6 +79,19 @@ def test_shapes_dtypes_and_devices_under_fake_cuda_tensors(kind):
         grad_hidden, grad_unembedding, *_ = FusedLogprob.backward(context, *outputs)
         assert (grad_hidden.shape, grad_hidden.dtype) == ((80, 128), HALF)
         assert (grad_unembedding.shape, grad_unembedding.dtype) == ((600, 128), SINGLE)
+
+
+def test_segments_may_grow_from_the_start(monkeypatch):
+    """Set before anything can start CUDA; a user's own setting stays."""
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    for own in ("expandable_segments:True", "backend:native"):
+        keep_freed_memory()
+        assert os.environ["PYTORCH_ALLOC_CONF"] == own
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+    for script in (train_sa_grpo, train_sa_ppo):
+        calls = re.findall(r"^ +(?:args = )?(keep_freed_memory|settings.parse)\(",
+                           inspect.getsource(script.main), re.M)
+        assert calls == ["keep_freed_memory", "settings.parse"]
 
 
 @needs_gpu
