@@ -520,6 +520,8 @@ def test_the_bfloat16_copy_is_within_rounding_of_autocast(model, prompts, rng):
         flat.append(torch.cat([p.grad.flatten() for p in trained.parameters()]))
         logprobs.append(logprob.detach())
     assert torch.equal(*logprobs)  # the same products
+    head = policy.unembedding.grad  # of the fused log-prob: never rounded
+    assert (head != head.bfloat16().float()).double().mean() > 0.5
     apart = ((flat[0] - flat[1]).norm() / flat[0].norm()).item()
     print(f"gradients apart {apart:.1e}")
     assert apart < 2**-8
