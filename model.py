@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data.files import open_tensors, read_json
 from kernels import ATTENTION_STEP, decode_attention, pack, packed_linear, round_up, takes_groups
@@ -266,13 +267,19 @@ class Linear(nn.Linear):
     packed = None
 
     def forward(self, x):
-        if self.packed is None:
-            return super().forward(x)
-        return packed_linear(x, self.packed, self.bias)
+        if self.packed is not None:
+            return packed_linear(x, self.packed, self.bias)
+        bias = None if self.bias is None else self.bias.to(self.weight.dtype)  # it may be float32
+        return F.linear(x, self.weight, bias)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each: norm, sublayer, (Gemma: norm again,) add to the stream."""
+    """Attention and MLP, each: norm, sublayer, (Gemma: norm again,) add to the stream.
+
+    recompute: keep only x for the backward, which then computes the rest again.
+    """
+    recompute = False
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         c, self.config, self.layer = config, config, layer
@@ -289,7 +296,13 @@ class Block(nn.Module):
             self.attention_post_norm = nn.Parameter(torch.ones(c.width))
             self.mlp_post_norm = nn.Parameter(torch.ones(c.width))
 
-    def forward(self, x, cos, sin, mask, cache, index, past):
+    def forward(self, *inputs):
+        if self.recompute and torch.is_grad_enabled():  # nothing is random: no generator to restore
+            return checkpoint(self.sublayers, *inputs, use_reentrant=False,
+                              preserve_rng_state=False)
+        return self.sublayers(*inputs)
+
+    def sublayers(self, x, cos, sin, mask, cache, index, past):
         """x (B, T, D) -> (B, T, D).
 
         cos, sin: from rotation. mask: from attention_mask. index (B * T * Hkv,): where in

@@ -102,7 +102,8 @@ class FusedLogprob(torch.autograd.Function):
             slope = (b * LN2 / masses).to(exact)
         a, level = a.to(exact), level.to(exact)
         grad_hidden = torch.zeros_like(hidden, dtype=exact)
-        grad_unembedding = torch.empty_like(unembedding)
+        dtype = unembedding.grad_dtype if unembedding.is_leaf else unembedding.dtype
+        grad_unembedding = torch.empty_like(unembedding, dtype=dtype)
         for first in range(0, len(unembedding), columns):
             W = unembedding[first:first + columns].to(work)  # (columns, D)
             W_blocks = blocks(W, block)

@@ -99,13 +99,13 @@ def kl_k3(logprob: Tensor, frozen_logprob: Tensor) -> Tensor:
 
 def main(argv: list[str] | None = None):
     # ---- settings ----
+    keep_freed_memory()
     parser = settings.training_parser("Train with SA-GRPO (arXiv 2509.05489).", PAPER, TINY)
     parser.add_argument("--keep", type=settings.positive_int, help="GFPO: so many shortest teach")
     args = settings.parse(parser, "grpo", argv)
     if not 2 <= (args.keep or args.samples) <= args.samples:
         raise ValueError(f"--samples {args.samples}, --keep {args.keep}: a group needs at least 2 "
                          "answers, their mean is the baseline, and keeps no more than it has")
-    keep_freed_memory()
 
     # ---- data and models ----
     folder, tokenizer = settings.open_model(args.model, args)
@@ -113,18 +113,19 @@ def main(argv: list[str] | None = None):
     judge = settings.judge_of(args.verifier)
     no_question = encode_prompt(tokenizer, "")  # what ppl(a) is conditioned on
     run = runs.Run(args, "grpo", folder)
-    place = dict(device=args.device, shard=parallel.sharding(args),
+    place = dict(device="cpu" if args.offload else args.device, shard=parallel.sharding(args),
                  length=args.max_prompt_tokens + args.max_new_tokens)
-    policy = GPT.from_pretrained(run.checkpoint or folder, **place)  # float32 weights, always
+    masters = GPT.from_pretrained(run.checkpoint or folder, **place)  # float32 weights, always
     frozen = None
     if args.kl_coef or args.score_with == "frozen":
         frozen = GPT.from_pretrained(folder, dtype=getattr(torch, args.dtype), **place)
         frozen.requires_grad_(False)
+    policy = parallel.working_copy(masters, args)
     sampler = parallel.sampler_for(policy, args)
-    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
+    optimizer = torch.optim.AdamW(masters.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
                                   fused=True)
     if run.checkpoint:
-        runs.load_optimizer(run.checkpoint / "optimizer.safetensors", policy, optimizer)
+        runs.load_optimizer(run.checkpoint / "optimizer.safetensors", masters, optimizer)
 
     def evaluate_now(steps_done: int):
         result = evaluate(sampler, tokenizer, held_out, args)
@@ -182,8 +183,7 @@ def main(argv: list[str] | None = None):
                 means.add(loss=loss, kl=kl, entropy=entropy, clipped=clipped, drift=logprob - old)
             grad_norm = parallel.clip_gradients(policy, MAX_GRAD_NORM)
             run.must_be_finite("gradient", grad_norm, minibatch)
-            optimizer.step()
-            optimizer.zero_grad()
+            parallel.optimizer_step(optimizer, masters, policy)
             means.add(grad_norm=grad_norm)
         parallel.copy_weights_to(sampler, policy)
         run.lap("update")
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None):
                      r_vr_group_std=r_vr.view(-1, args.samples).std(1).mean(),
                      r_sa_group_std=r_sa.view(-1, args.samples).std(1).mean())
         if run.checkpoint_due():
-            run.save(tokenizer, policy, optimizer)
+            run.save(tokenizer, masters, optimizer)
         if run.evaluation_due():
             evaluate_now(step + 1)
     evaluations = run.finish("train_sa_grpo.py")

@@ -146,6 +146,7 @@ def kl_k3(logprob: Tensor, frozen_logprob: Tensor) -> Tensor:
 
 def main(argv: list[str] | None = None):
     # ---- settings ----
+    keep_freed_memory()
     parser = settings.training_parser("Train with SA-PPO (arXiv 2509.05489).", PAPER, TINY)
     parser.flag("--critic-lr", settings.positive_float, "the critic's AdamW learning rate")
     parser.flag("--critic-warmup", settings.natural, "steps in which only the critic learns")
@@ -162,7 +163,6 @@ def main(argv: list[str] | None = None):
                          "off the reward")
     if args.credit == "token" and args.reward != "sar":
         raise ValueError(f"--credit token is for --reward sar, not {args.reward}")
-    keep_freed_memory()
 
     # ---- data and models ----
     folder, tokenizer = settings.open_model(args.model, args)
@@ -170,26 +170,28 @@ def main(argv: list[str] | None = None):
     judge = settings.judge_of(args.verifier)
     no_question = encode_prompt(tokenizer, "")  # what ppl(a) is conditioned on
     run = runs.Run(args, "ppo", folder, models=2)
-    place = dict(device=args.device, shard=parallel.sharding(args),
+    place = dict(device="cpu" if args.offload else args.device, shard=parallel.sharding(args),
                  length=args.max_prompt_tokens + args.max_new_tokens)
-    policy = GPT.from_pretrained(run.checkpoint or folder, **place)  # float32 weights, always
-    critic = Critic(GPT.from_pretrained(folder, **place))
+    masters = GPT.from_pretrained(run.checkpoint or folder, **place)  # float32 weights, always
+    critic_masters = Critic(GPT.from_pretrained(folder, **place))
     if place["shard"]:
-        place["shard"](critic)
+        place["shard"](critic_masters)
     frozen = None
     if args.kl_coef or args.score_with == "frozen":
         frozen = GPT.from_pretrained(folder, dtype=getattr(torch, args.dtype), **place)
         frozen.requires_grad_(False)
-    sampler = parallel.sampler_for(policy, args)
-    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
+    optimizer = torch.optim.AdamW(masters.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
                                   fused=True)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_lr,
+    critic_optimizer = torch.optim.AdamW(critic_masters.parameters(), args.critic_lr,
                                          weight_decay=WEIGHT_DECAY, fused=True)
     if run.checkpoint:
-        runs.load_optimizer(run.checkpoint / "optimizer.safetensors", policy, optimizer)
-        runs.load_parameters(run.checkpoint / "critic.safetensors", critic)
-        runs.load_optimizer(run.checkpoint / "critic_optimizer.safetensors", critic,
+        runs.load_optimizer(run.checkpoint / "optimizer.safetensors", masters, optimizer)
+        runs.load_parameters(run.checkpoint / "critic.safetensors", critic_masters)
+        runs.load_optimizer(run.checkpoint / "critic_optimizer.safetensors", critic_masters,
                             critic_optimizer)
+    policy = parallel.working_copy(masters, args)
+    critic = parallel.working_copy(critic_masters, args)
+    sampler = parallel.sampler_for(policy, args)
 
     def evaluate_now(steps_done: int):
         result = evaluate(sampler, tokenizer, held_out, args)
@@ -269,10 +271,9 @@ def main(argv: list[str] | None = None):
             critic_grad_norm = parallel.clip_gradients(critic, MAX_GRAD_NORM)
             run.must_be_finite("gradient", grad_norm + critic_grad_norm, minibatch)
             if step >= args.critic_warmup:
-                optimizer.step()
-            critic_optimizer.step()
-            optimizer.zero_grad()
-            critic_optimizer.zero_grad()
+                parallel.optimizer_step(optimizer, masters, policy)
+            parallel.optimizer_step(critic_optimizer, critic_masters, critic)
+            policy.zero_grad()  # also where it did not learn
             means.add(grad_norm=grad_norm, critic_grad_norm=critic_grad_norm)
         parallel.copy_weights_to(sampler, policy)
         run.lap("update")
@@ -284,7 +285,7 @@ def main(argv: list[str] | None = None):
                      value_std=all_values.std(), return_mean=returns.mean(),
                      explained_variance=1 - unexplained)
         if run.checkpoint_due():
-            run.save(tokenizer, policy, optimizer, critic, critic_optimizer)
+            run.save(tokenizer, masters, optimizer, critic_masters, critic_optimizer)
         if run.evaluation_due():
             evaluate_now(step + 1)
     evaluations = run.finish("train_sa_ppo.py")

@@ -4,15 +4,18 @@ import os
 import sys
 import traceback
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
 from runtime import parallel
 
+PHASES = {"from_pretrained": "loading", "working_copy": "loading", "sample": "sampling",
+          "score": "scoring"}  # by function; else the update
 
 @contextlib.contextmanager
 def user_errors():
-    """Turn ValueError and OSError into one sentence and exit status 2, without a traceback. With
+    """Turn ValueError, OSError and a GPU's out of memory into one sentence and exit status 2. With
     several processes all of them show what ended the first. SA_TRACEBACK=1 shows where."""
     try:
         yield
@@ -21,10 +24,12 @@ def user_errors():
             leave(0)
     except KeyboardInterrupt:  # before the run has begun; later a signal finishes the step first
         sys.exit(130)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         if os.environ.get("SA_TRACEBACK"):
             raise
         text = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            text = out_of_memory(error)
         if isinstance(error, OSError) and error.strerror:
             text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         if dist.is_initialized():
@@ -35,6 +40,15 @@ def user_errors():
         if dist.is_initialized():
             end_all(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
         raise
+
+
+def out_of_memory(error) -> str:
+    """Where it ended, by the functions that ran, and the flag to turn first."""
+    running = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    phases = [PHASES[name] for name in running if name in PHASES] or ["the update"]
+    return (f"the GPU's memory ended in {phases[0]}, after a peak of "
+            f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB: turn on --recompute first, then "
+            "--offload, then lower --micro-tokens (in sampling: --slots)")
 
 
 def end_all(text: str, status: int, details: str = ""):

@@ -8,6 +8,7 @@ same order, because no branch around one depends on data that only one process h
 """
 import atexit
 import contextlib
+import copy
 import functools
 import io
 import itertools
@@ -149,10 +150,40 @@ def reshard(model):
             module.reshard()
 
 
+def working_copy(masters, args):
+    """The model that is trained: the float32 masters themselves, in float32 or sharded. Else a copy
+    that optimizer_step keeps current, on the device: bfloat16 matrices, float32 norms, biases and
+    gradients. The same copy samples and scores."""
+    for block in getattr(masters, "body", masters).blocks:  # a critic has a body
+        block.recompute = args.recompute
+    if args.dtype == "float32" or isinstance(masters, FSDPModule):
+        return masters
+    working = copy.deepcopy(masters)
+    working._apply(lambda p: p.to(args.device, p.dtype if p.dim() == 1 else torch.bfloat16))
+    for p in working.parameters():
+        p.grad_dtype = torch.float32
+    return working
+
+
+@torch.no_grad()
+def optimizer_step(optimizer, masters, policy):
+    """Update the masters with the policy's gradients, then free these. Where the policy is a copy,
+    a parameter at a time: the host needs room for one gradient only."""
+    if masters is policy:
+        optimizer.step()
+        return optimizer.zero_grad()
+    for master, p in zip(masters.parameters(), policy.parameters()):
+        if p.grad is not None:
+            master.grad = p.grad.to(master.device)
+            optimizer.step()  # of this parameter: no other master has a gradient
+            p.copy_(master)
+            master.grad = p.grad = None
+
+
 def sampler_for(policy: GPT, args) -> GPT:
-    """The model that samples: the policy itself, if it is whole and in float32. Else a copy, whole
-    in every process and in --dtype, which copy_weights_to keeps current."""
-    if args.dtype == "float32" and not isinstance(policy, FSDPModule):
+    """The model that samples: the policy itself, if it is whole; else a copy in --dtype, whole in
+    every process, which copy_weights_to keeps current."""
+    if not isinstance(policy, FSDPModule):
         return policy
     with torch.device("meta"):
         sampler = GPT(policy.config).to(getattr(torch, args.dtype)).requires_grad_(False)
@@ -178,7 +209,7 @@ def clip_gradients(model, limit: float) -> Tensor:
 
 
 def autocast(args):
-    """Where --dtype is bfloat16: float32 weights, bfloat16 matmuls."""
+    """Where --dtype is bfloat16: bfloat16 matmuls beside a float32 residual stream."""
     if args.dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(args.device.split(":")[0], torch.bfloat16)
@@ -256,9 +287,14 @@ def score(model, contexts: list[list[int]], tokens: list[list[int]], args, head=
     """
     rank, world = processes()
     head = head or sar.logprob_head(model, args.temperature)
+    home = next(model.parameters()).device
+    if args.offload:  # the frozen start lies in host memory
+        model.to(args.device)
     with autocast(args):
         pieces = sar.score_answers(model, contexts, tokens, head, micro_tokens=args.micro_tokens,
                                    rank=rank, world=world)
+    if args.offload:
+        model.to(home)
     if world == 1:
         return pieces
     reshard(model)

@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from bench import memory
 from data.files import lock, open_tensors, read_json, write_atomically
-from model import GPT, GPTConfig
+from model import GPTConfig
 from runtime.parallel import Answer, Means, all_gather, from_rank_0, own_rows, processes, reshard
 from sar import perplexity
 from verify import STATUSES
@@ -114,10 +115,11 @@ class Run:
         self.checkpoint = self.stop_signal = self.stopping = None  # a path; numbers of signals
         self.unsaved, self.early, self.is_main = False, [], processes()[0] == 0
         if self.is_main:
-            with torch.device("meta"):
-                model = GPT(GPTConfig.from_hf(read_json(folder / "config.json")))
-            parameters = sum(p.numel() for p in model.parameters())
+            config = GPTConfig.from_hf(read_json(folder / "config.json"))
+            parameters = memory.counts(config)[0]
             warn_if_large(args, parameters, models)
+            if args.device.startswith("cuda"):
+                say(memory.what_fits(args, config, ppo=models > 1))
             self.prepare(algorithm, models * parameters)
         self.step, checkpoint = from_rank_0(lambda: (self.step, str(self.checkpoint or "")))
         if not self.is_main:

@@ -29,7 +29,8 @@ OLD_FLAGS = {
     "--run": "is now called --name",
     "--alone": "is gone: ppl(a) is taken after the prompt's frame with an empty question",
 }
-FREE_ON_RESUME = {"steps", "save_every", "slots", "resume", "name", "device", "micro_tokens"}
+FREE_ON_RESUME = {"steps", "save_every", "slots", "resume", "name", "device", "micro_tokens",
+                  "recompute", "offload"}
 CLUSTER = "Several GPUs: torchrun --standalone --nproc-per-node 8 SCRIPT ... (docs/cluster.md)"
 
 
@@ -204,6 +205,10 @@ def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
     add("--micro-tokens", type=positive_int, help="tokens in one forward and backward, padding "
         "included; bounds memory and changes nothing else (default: 8192; large models on a CPU: "
         "512)")
+    add("--recompute", action=argparse.BooleanOptionalAction, help="keep one activation a layer, "
+        "compute the others again in the backward: less memory, a third more work in the update")
+    add("--offload", action=argparse.BooleanOptionalAction, help="float32 weights, AdamW's state "
+        "and the frozen start in host memory; the GPU holds bfloat16 weights and gradients")
     add("--slots", type=positive_int, help="answers that decode at once (default: what the free "
         "memory holds)")
     add("--device", help="(default: a GPU if there is one)")
@@ -231,6 +236,9 @@ def parse(parser: Parser, algorithm: str, argv: list[str] | None = None) -> argp
     if not args.micro_tokens:
         args.micro_tokens = 512 if args.device == "cpu" and args.model != "tiny" else 8192
     args.dtype = args.dtype or ("bfloat16" if fast_bfloat16(args.device) else "float32")
+    if args.offload and (args.dtype == "float32" or parallel.processes()[1] > 1):
+        raise ValueError("--offload is for one process with --dtype bfloat16, whose weights it "
+                         "keeps in float32 on the host; torchrun shards these: --no-offload")
     prompts = args.prompts_per_step
     args.minibatch = args.minibatch or (prompts if prompts % 2 else prompts // 2)
     if prompts % args.minibatch:

@@ -3,14 +3,19 @@
 import json
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from helpers import ROOT
 
-from bench import paper, pareto, ranking, seeds
+from bench import gpu, memory, paper, pareto, ranking, seeds
 from bench.ranking import read_gsm8k, variants
+from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig
 
 EGGS = (
     "A cook has 3 boxes of 4 eggs and breaks 2. How many are whole?",
@@ -63,6 +68,82 @@ def test_gsm8k_files_that_are_not(data, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"question": "x", "answer": 3}\n')
     with pytest.raises(ValueError, match="line 1 is not GSM8K's published form"):
         read_gsm8k(str(tmp_path / "bad.jsonl"), 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model whose activations are most of its memory."""
+    config = {"model_type": "qwen3", "vocab_size": 600, "hidden_size": 128, "head_dim": 32,
+              "intermediate_size": 384, "num_hidden_layers": 14, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 512}
+    place = tmp_path_factory.mktemp("model")
+    Tokenizer.from_pretrained(ROOT / "data/tiny").copy_to(place)
+    GPT(GPTConfig.from_hf(config)).save_pretrained(place)
+    return str(place)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_by_role_is_the_formulas(dtype, folder):
+    """The most that live tensors hold in an update on a CPU, plain and with the flags."""
+    work = {}
+    for mode in memory.MODES[:2 + (dtype == "bfloat16")]:
+        argv = ["--measure", "--model", folder, "--device", "cpu", "--dtype", dtype, *mode.split()]
+        measured, formula = memory.main([*argv, "--micro-tokens", "512"])
+        for role, size in measured.items():
+            assert size == pytest.approx(formula[role], rel=0.05), role
+        work[mode] = 2 * measured["peak"] - sum(measured.values())
+    assert work["--recompute"] < work[""] / 5
+
+
+def test_what_fits_where():
+    """Bytes of the issue's targets; the table says the same."""
+    fits = {("1.5b", 24): 1, ("4b", 48): 1, ("8b", 80): 1, ("1.5b", 80): 3, ("8b", 48): 0}
+    for (name, card), modes in fits.items():
+        found = memory.modes_that_fit(card * 1e9, 1e12, memory.config_of(name), micro_tokens=5120)
+        assert found == list(memory.MODES[3 - modes:])
+    assert not memory.modes_that_fit(24e9, 20e9, memory.config_of("1.5b"))  # the host is too small
+    row, = (x for x in memory.by_card(["4b"], micro_tokens=5120).splitlines() if "offload" in x)
+    assert row.endswith("| - | - | yes | yes |")
+
+
+def test_what_fits_is_said_before_the_first_step(monkeypatch):
+    args = SimpleNamespace(device="cuda:0", dtype="bfloat16", micro_tokens=4096, kl_coef=0.001,
+                           max_prompt_tokens=1024, max_new_tokens=4096, score_with="policy",
+                           recompute=None, offload=None)
+    monkeypatch.setattr(memory, "available_memory", lambda: 64e9)
+    for free, words in ((80e9, "48.9 GB of GPU memory by the formula of bench.memory, 80.0 GB are"),
+                        (40e9, "free: --recompute or --recompute --offload makes it fit"),
+                        (20e9, "free: --recompute --offload makes it fit"),
+                        (8e9, "free: none of --recompute and --offload makes it fit")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80e9))
+        assert words in memory.what_fits(args, memory.config_of("1.5b"), ppo=False)
+    args.recompute = args.offload = True
+    assert "step needs 14.2 GB" in memory.what_fits(args, memory.config_of("1.5b"), ppo=False)
+
+
+def test_gpu_writes_what_there_is(monkeypatch, tmp_path):
+    """A part that fails and one that takes too long leave the others; their reason is in the file.
+    Here all but the first part are the command's own, on a CPU, without being run."""
+    seen = []
+
+    def fake(command, timeout, **kwargs):
+        seen.append(command[2:])
+        assert 0 < timeout <= gpu.LIMIT
+        if "bench.rollout" in command:
+            raise subprocess.TimeoutExpired(command, timeout)
+        failed = "--offload" in command
+        return SimpleNamespace(returncode=2 * failed, stdout="a table", stderr="error: why")
+    monkeypatch.setattr(gpu.subprocess, "run", fake)
+    gpu.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "gpu.md")])
+    text = (tmp_path / "gpu.md").read_text()
+    assert text.count("a table") == 5 and text.count("ended with status 2: error: why") == 1
+    assert text.count("not done after") == 1 and text.count("\n## ") == len(seen) == 6
+    measured = [command for command in seen if "--measure" in command]
+    assert [" ".join(command[9:]) for command in measured] == [
+        f"256 {mode}".strip() for mode in memory.MODES]
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="there is no GPU here"):
+            gpu.main([])
 
 
 def test_pareto_front_by_hand():

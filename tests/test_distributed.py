@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from bench import memory
 from data import files
 from model import GPT, GPTConfig
+from runtime import parallel
 from sar import micro_batches
 
 GRPO = ("--prompts-per-step 6 --minibatch 3 --samples 3 --max-new-tokens 40 --eval-every 0 "
@@ -39,16 +41,14 @@ import json, sys, torch, train_sa_grpo, train_sa_ppo
 from runtime import parallel, runs
 from runtime.errors import user_errors
 from safetensors.torch import save_file
-step = torch.optim.AdamW.step
-def record(self, closure=None):
-    grads = []
-    for group in self.param_groups:
-        have = [p.grad for p in group["params"] if p.grad is not None]
-        grads += [parallel.all_gather(grad).clone() for grad in have]
+clip = parallel.clip_gradients
+def record(model, limit):
+    have = [p.grad for p in model.parameters() if p.grad is not None]
+    grads = [parallel.all_gather(grad).clone() for grad in have]
     if parallel.processes()[0] == 0:
         seen.append(torch.cat([g.flatten() for g in grads]))
-    return step(self, closure)
-torch.optim.AdamW.step = record
+    return clip(model, limit)
+parallel.clip_gradients = record
 with user_errors():
     for script, argv in json.loads(sys.argv[1]):
         seen = []
@@ -123,27 +123,31 @@ def test_micro_batches_of_several_processes(rng):
         assert dealt == [micro_batches(lengths, budget)] or world > 1
 
 
+@pytest.mark.parametrize("b", [4, 2])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_the_memory_formula_counts_what_a_block_keeps(kind):
-    """bench.memory against what autograd saves, in float32 on a CPU; what a second layer adds."""
+def test_the_memory_formula_counts_what_a_block_keeps(kind, b):
+    """bench.memory against what autograd saves on a CPU; what a second layer adds."""
+    args = SimpleNamespace(dtype={4: "float32", 2: "bfloat16"}[b], device="cpu", recompute=False)
+
     def kept(layers):
         config = GPTConfig.from_hf({
             "model_type": kind, "vocab_size": 64, "hidden_size": 256, "intermediate_size": 704,
             "head_dim": 32, "num_hidden_layers": layers, "num_attention_heads": 8,
             "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 512,
             "tie_word_embeddings": True})
-        model, seen = GPT(config), {}
+        model, seen = parallel.working_copy(GPT(config), args), {}
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
         def pack(t):
             if (place := t.untyped_storage().data_ptr()) not in weights:
                 seen[place] = t  # held, so that no other tensor takes its place
             return t
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+        with hooks, parallel.autocast(args):
             model(torch.randint(64, (2, 256)))
         return sum(t.untyped_storage().nbytes() for t in seen.values()) / 512, config
     (one, config), (two, _) = kept(1), kept(2)
-    assert two - one == pytest.approx(memory.per_token(config, 4), rel=0.01)
+    assert two - one == pytest.approx(memory.per_token(config, b, gpu=False), rel=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -425,10 +429,11 @@ def test_every_process_makes_the_same_collectives(tmp_path):
 @pytest.mark.parametrize("script", ["grpo", "ppo"])
 def test_bfloat16_matmuls_over_sharded_float32(script, tmp_path):
     """What GPUs do, on a CPU: the same samples in the first step, and gradients that differ by
-    bfloat16's rounding (2^-9)."""
+    bfloat16's rounding (2^-9); with recomputed blocks inside the sharded ones."""
     base = [*{"grpo": GRPO, "ppo": PPO}[script], "--steps", "1", "--dtype", "bfloat16"]
     alone([(script, [*base, "--name", "one"])], tmp_path)
-    torchrun(2, WORKER, json.dumps([(script, [*base, "--name", "two"])]), folder=tmp_path)
+    jobs = [(script, [*base, "--name", "two", "--recompute"])]
+    torchrun(2, WORKER, json.dumps(jobs), folder=tmp_path)
     a, b = (lines(tmp_path / run / "completions.jsonl") for run in ("one", "two"))
     assert [x["tokens"] for x in a] == [x["tokens"] for x in b]
     one, two = (load_file(tmp_path / f"{run}.gradients") for run in ("one", "two"))

@@ -324,6 +324,33 @@ def test_bfloat16_and_autocast(case):
     assert torch.equal(model.frequencies, frequencies)  # not rounded along
 
 
+@pytest.mark.parametrize("case", STORED)
+@pytest.mark.parametrize("half", (False, True))
+def test_recomputed_blocks_have_the_same_gradients(case, half):
+    """In float32 and under autocast; with half of the rows' positions beyond their ends."""
+    model, ids = random_model(case), torch.randint(0, STORED[case]["config"]["vocab_size"], (2, 40))
+    pull, flat = torch.randn(2, 40, model.config.width), []
+    for recompute in (False, True):
+        kept = 0
+
+        def count(tensor):
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+        for block in model.blocks:
+            block.recompute = recompute
+        hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half), hooks:
+            hidden = model(ids)
+        model.zero_grad()
+        (hidden.float() * pull).sum().backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        flat.append((torch.cat(gradients), kept))
+    (plain, all_kept), (again, kept) = flat
+    assert (plain - again).norm() <= 1e-6 * plain.norm() and plain.norm() > 0
+    assert kept < 0.5 * all_kept
+
+
 def test_random_weights_follow_the_global_generator():
     config = GPTConfig.from_hf(STORED["gemma 3"]["config"])
     torch.manual_seed(5)

@@ -514,6 +514,65 @@ def test_unwritable_and_full_disks(runs, capsys, tmp_path, monkeypatch):
     assert "a checkpoint takes" in fails(capsys)
 
 
+def test_masters_on_the_host_are_masters_on_the_device(runs):
+    """--offload and --recompute, stopped and resumed, bit for bit; what is saved is not rounded."""
+    train("--name", "device", "--dtype", "bfloat16", "--steps", 4)
+    flags = ["--dtype", "bfloat16", "--offload", "--recompute"]
+    train("--name", "host", *flags, "--steps", 2)
+    train_sa_grpo.main(["--name", "host", "--resume", "--steps", "3"])
+    train_sa_grpo.main(["--name", "host", "--resume", "--steps", "4", "--no-offload"])
+    assert_same_run(runs / "device", runs / "host")
+    saved = load_file(runs / "host" / "step_000004" / "model.safetensors")
+    assert all(p.dtype == torch.float32 for p in saved.values())
+    assert any((p != p.bfloat16().float()).any() for p in saved.values())
+
+
+def test_the_bfloat16_copy_is_within_rounding_of_autocast(model, prompts, rng):
+    """Gradients of a bfloat16 copy, summed in float32, against float32 weights under autocast; and
+    where AdamW leaves both after a step, the copy by way of its masters."""
+    args = SimpleNamespace(dtype="bfloat16", device="cpu", recompute=None, temperature=1.0)
+    policy = parallel.working_copy(model, args)
+    matrices = {p.dtype for p in policy.parameters() if p.dim() > 1}
+    vectors = {p.dtype for p in policy.parameters() if p.dim() == 1}
+    assert matrices == {torch.bfloat16} and vectors == {torch.float32}
+    micro = [SimpleNamespace(prompt=p, tokens=rng.choices(range(64), k=20)) for p in prompts]
+    flat, logprobs = [], []
+    for trained in (model, policy):
+        for _ in range(2):  # micro-batches: the second is added
+            logprob, entropy = parallel.score_with_gradient(trained, micro, args)
+            (logprob + entropy).sum().backward()
+        assert {p.grad.dtype for p in trained.parameters()} == {torch.float32}
+        flat.append(torch.cat([p.grad.flatten() for p in trained.parameters()]))
+        logprobs.append(logprob.detach())
+    assert torch.equal(*logprobs)  # the same products
+    head = policy.unembedding.grad  # of the fused log-prob: never rounded
+    assert (head != head.bfloat16().float()).double().mean() > 0.5
+    apart = ((flat[0] - flat[1]).norm() / flat[0].norm()).item()
+    print(f"gradients apart {apart:.1e}")
+    assert apart < 2**-8
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    model.zero_grad()
+    parallel.optimizer_step(optimizer, model, policy)
+    assert all(p.grad is None for p in [*model.parameters(), *policy.parameters()])
+    for old, master, p in zip(before, model.parameters(), policy.parameters()):
+        assert (old != master).any() and torch.equal(master.to(p.dtype), p)
+
+
+def test_out_of_memory_is_one_sentence(capsys):
+    def sample():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    def backward():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+    for phase, function in (("sampling", sample), ("the update", backward)):
+        with pytest.raises(SystemExit) as stop, user_errors():
+            function()
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and len(said.splitlines()) == 1
+        assert f"ended in {phase}, after a peak of 0.0 GB: turn on --recompute first" in said
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_nan_stops_before_the_update(runs, capsys, monkeypatch, what):
     if what == "loss":

@@ -205,6 +205,15 @@ def test_killed_and_resumed_equals_undisturbed(runs):
     assert_same_run(runs / "killed", runs / "undisturbed", "step_000004")
 
 
+def test_masters_on_the_host_are_masters_on_the_device(runs):
+    """Policy and critic; the start on the host is scored; stopped and resumed."""
+    flags = ["--dtype", "bfloat16", "--kl-coef", 0.01, "--critic-warmup", 1]
+    train("--name", "device", *flags, "--steps", 4)
+    train("--name", "host", *flags, "--offload", "--recompute", "--steps", 2)
+    train_sa_ppo.main(["--name", "host", "--resume", "--steps", "4"])
+    assert_same_run(runs / "device", runs / "host", "step_000004")
+
+
 def test_impossible_settings(runs, capsys):
     o1 = "--reward o1 compares the answers to one question: it needs --samples 2 or more"
     for argv, words in ((["--lam", "2"], "--lam: must be between 0 and 1"),
@@ -212,6 +221,7 @@ def test_impossible_settings(runs, capsys):
                         (["--minibatch", "16"], "no multiple of --minibatch 16"),
                         (["--reward", "o1"], o1),
                         (["--credit", "token", "--reward", "vr"], "--credit token is for"),
+                        (["--offload"], "--offload is for one process with --dtype bfloat16"),
                         (["--kl-in-reward"], "--kl-in-reward needs a --kl-coef")):
         with pytest.raises(SystemExit) as stop, user_errors():
             train(*argv)
