@@ -9,6 +9,7 @@ depend on the batch. oneDNN gives that for two rows or more. Attention gives it 
 hence ATTENTION_STEP and PROMPT_STEP.
 """
 import ctypes
+import os
 import platform
 
 import torch

@@ -49,8 +49,8 @@ from torch.utils._pytree import tree_leaves
 
 from data.files import read_json
 from data.hub import find_model
-from kernels import available_memory
 from model import GPT, GPTConfig
+from rollout import available_memory
 from runtime import parallel
 from runtime.errors import user_errors
 from sar import answer_hidden, fused_logprob
