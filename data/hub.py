@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from data.files import file_sha256, lock, one_line, open_tensors, read_json
+from data.tokenizer import FILES
 
 TINY = Path(__file__).resolve().parent / "tiny"
 MODELS = {  # as the paper trains base models, Qwen names without "instruct" are base models
@@ -43,8 +44,6 @@ MODELS = {  # as the paper trains base models, Qwen names without "instruct" are
 REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # owner/name
 SHARD = r"[A-Za-z0-9][\w.-]*\.safetensors"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-FILES = ["tokenizer.json", "tokenizer_config.json", "generation_config.json",
-         "special_tokens_map.json", "chat_template.jinja", "chat_template.json", WEIGHTS, INDEX]
 TIMEOUT = 30  # seconds without a byte after which a download fails
 
 
@@ -155,7 +154,7 @@ def download_model(repo: str, target: Path):
                 old.unlink()
             note.write_text(revision, "utf-8")
         try:
-            for file in FILES:
+            for file in [*FILES, WEIGHTS, INDEX]:
                 with contextlib.suppress(FileNotFoundError):  # check_folder knows what is needed
                     download(f"{source}/{revision}/{file}", partial / file)
             for file in weight_files(partial):

@@ -67,13 +67,12 @@ def load_problems(name_or_path: str, split: str = "train", question_field: str |
     of a file may be nested, as in info.answer. Raises ValueError for content that cannot be used,
     FileNotFoundError for what cannot be had.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"a split is 'train' or 'test', not {split!r}")
+    assert split in ("train", "test"), split
     name = str(name_or_path)
     path = Path(os.path.expanduser(name))
     if path.is_file() and name not in NAMES:
-        problems, how = read_problems(path, question_field, answer_field)
-        return at_most(path.name, problems, how, len(problems))
+        problems, notes = read_problems(path, question_field, answer_field)
+        return at_most(path.name, problems, *notes, most=len(problems))
     if name.endswith(("-train", "-test")):
         name, _, split = name.rpartition("-")
     if name == "tiny":
@@ -88,17 +87,16 @@ def load_problems(name_or_path: str, split: str = "train", question_field: str |
         read = logicbench_problems if name.startswith("logicbench") else prontoqa_problems
         return at_most(name, read(name))
     if name not in JSONL_SETS:
-        names = ", ".join(NAMES)
-        raise FileNotFoundError(f"data {name_or_path!r} is neither a file nor one of {names}")
-    problems, how = read_problems(published(JSONL_SETS[name]))
+        raise FileNotFoundError(f"data {name!r} is neither a file nor one of {', '.join(NAMES)}")
+    problems, notes = read_problems(published(JSONL_SETS[name]))
     if name == "aime24":  # published with three digits, as 033
         problems = [Problem(p.question, p.answer.lstrip("0") or "0") for p in problems]
-    return at_most(name, problems, how)
+    return at_most(name, problems, *notes)
 
 
 def read_problems(path: Path, question_field: str | None = None,
-                  answer_field: str | None = None) -> tuple[list[Problem], str]:
-    """The problems of a file, and how many references were shortened or cannot be read."""
+                  answer_field: str | None = None) -> tuple[list[Problem], list[str]]:
+    """The problems of a file; notes of references that were shortened or cannot be read."""
     problems, shortened, unread = [], 0, []
     for where, row in read_rows(path):
         question = text_of(row, where, "question", question_field or "question,problem,Question")
@@ -114,17 +112,17 @@ def read_problems(path: Path, question_field: str | None = None,
         problems.append(problem)
     if not problems:
         raise ValueError(f"{path} holds no problems: {EXPECTED}")
-    notes = [f"{shortened} worked solutions shortened to their final answer"] if shortened else []
+    notes = []
+    if shortened:
+        notes.append(f"{shortened} worked solutions shortened to their final answer")
     if unread:
         notes.append(f"{len(unread)} answers that the verifier cannot read, first {unread[0]}")
-    return problems, ", ".join(notes)
+    return problems, notes
 
 
 def text_of(row: dict, where: str, what: str, names: str) -> str:
-    """The question or the answer in a row: the first of the fields `names` that is not null.
-
-    An answer may be text or a number. `where` opens every ValueError.
-    """
+    """The question or the answer (text, or a number) in a row: the first of the fields `names` that
+    is not null. `where` opens every ValueError."""
     if not isinstance(row, dict):
         raise ValueError(f"{where} is no JSON object but a {type(row).__name__}: {EXPECTED}")
     for name in names.split(","):
@@ -147,10 +145,10 @@ def text_of(row: dict, where: str, what: str, names: str) -> str:
     return value.strip()
 
 
-def at_most(name: str, problems: list[Problem], how: str = "",
+def at_most(name: str, problems: list[Problem], *notes: str,
             most: int = MAX_PER_SOURCE) -> list[Problem]:
     """The different ones, at most `most`, drawn with a fixed seed. Says on stderr what was kept."""
-    notes = [how] if how else []
+    notes = list(notes)
     different = list({(p.question, p.answer): p for p in problems}.values())
     if len(different) < len(problems):
         notes.append(f"{len(problems) - len(different)} repeated ones merged")
@@ -165,8 +163,8 @@ def at_most(name: str, problems: list[Problem], how: str = "",
 
 def published(file: str) -> Path:
     """A published file, from $SA_DATA, our cache, or the network, with its SHA-256 checked."""
-    url = PUBLISHED[file]["url"].replace("https://huggingface.co", endpoint())
-    sha256 = PUBLISHED[file]["sha256"]
+    entry = PUBLISHED[file]
+    url, sha256 = entry["url"].replace("https://huggingface.co", endpoint()), entry["sha256"]
     folder = cache_folder() / "data"
     ours = folder / file
     given = Path(os.environ.get("SA_DATA") or folder).expanduser() / file
@@ -177,9 +175,8 @@ def published(file: str) -> Path:
                 ours.parent.mkdir(parents=True, exist_ok=True)
                 download(url, ours, sha256)
     except OSError as error:
-        where = f"neither at {given} ($SA_DATA) nor at {ours}, and could not be had from {url}"
-        why = f"{one_line(error)}): put it there by hand"
-        raise FileNotFoundError(f"{file} is {where} ({why}") from error
+        raise FileNotFoundError(f"{file} is neither at {given} ($SA_DATA) nor at {ours}: put it "
+                                f"there by hand ({url}: {one_line(error)})") from error
     if sha256 and file_sha256(path) != sha256:
         raise ValueError(f"{path} is not the published file (its SHA-256 is not {sha256}): delete "
                          "it, or give its path as the data to use it as it is")
@@ -188,8 +185,7 @@ def published(file: str) -> Path:
 
 def math_problems(split: str) -> list[Problem]:
     """MATH (Hendrycks et al. 2021): the answer is what the solution boxes last."""
-    wanted = re.compile(rf"MATH/{split}/\w+/\d+\.json")
-    problems = []
+    wanted, problems = re.compile(rf"MATH/{split}/\w+/\d+\.json"), []
     with tarfile.open(published("MATH.tar")) as archive:  # nothing is unpacked onto the disk
         members = [m for m in archive if m.isfile() and wanted.fullmatch(m.name)]
         members.sort(key=lambda m: (m.name.split("/")[2], int(Path(m.name).stem)))
@@ -198,8 +194,8 @@ def math_problems(split: str) -> list[Problem]:
             answer = extract_answer(row["solution"]) or ""
             if is_number(answer):
                 problems.append(Problem(row["problem"].strip(), answer))
-    how = f"{len(problems)} of {len(members)} have a numeric answer"
-    return at_most(f"math {split}", problems, how)
+    note = f"{len(problems)} of {len(members)} have a numeric answer"
+    return at_most(f"math {split}", problems, note)
 
 
 def word_problems(name: str, split: str) -> list[Problem]:
@@ -217,9 +213,9 @@ def word_problems(name: str, split: str) -> list[Problem]:
     random.Random(SEED).shuffle(problems)
     test = round(TEST_SHARE * len(problems))
     part = problems[:test] if split == "test" else problems[test:]
-    how = (f"{good} of {read} are valid word problems with a numeric answer, "
-           f"{good - len(problems)} repeated ones merged")
-    return at_most(f"{name} {split}", part, how)
+    notes = (f"{good} of {read} are valid word problems with a numeric answer",
+             f"{good - len(problems)} repeated ones merged")
+    return at_most(f"{name} {split}", part, *notes)
 
 
 def is_word_problem(row: dict) -> bool:
@@ -261,7 +257,7 @@ def is_number(answer: str) -> bool:
     r"""The authors' filter for numeric references: at most 20 characters, and besides at most one
     \frac{a}{b} of positive whole numbers only digits, signs, points, brackets and backslashes."""
     rest = re.sub(r"\\frac\{[1-9][0-9]*\}\{[1-9][0-9]*\}", "", answer, count=1)
-    has_digit = any(character in "0123456789" for character in answer)
+    has_digit = re.search("[0-9]", answer) is not None
     return has_digit and len(answer) <= 20 and set(rest) <= set("0123456789-.()\\")
 
 

@@ -26,10 +26,10 @@ import tiktoken
 from data.files import read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
-         "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "vocab.json",
-         "merges.txt")
+         "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 BESIDE = ("tokenizer_config.json", "generation_config.json", "config.json",
           "special_tokens_map.json", "chat_template.json")
+UNSUPPORTED = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")  # model options
 MAX_ID = 2_000_000  # a larger id means a broken file
 MAX_SPACES = 500_000  # tiktoken's splitter overflows its stack on a million spaces in a row
 MARK = "\u2581"  # SentencePiece's visible space
@@ -96,12 +96,12 @@ class Tokenizer:
         spec = read_json(folder / "tokenizer.json")
         found = [read_json(folder / name) if (folder / name).exists() else {} for name in BESIDE]
         settings, generation, config, names, template = found
+        config = (config.get("text_config") or {}) | config
         self._read_bpe(spec)
         self._read_names(spec, names, settings)
         self._read_template(settings.get("chat_template") or template.get("chat_template"))
         self._read_stop_ids(generation, config)
-        rows = (config.get("text_config") or config).get("vocab_size")
-        self.rows = rows if isinstance(rows, int) else MAX_ID
+        self.rows = config.get("vocab_size", MAX_ID)
 
     def _unsupported(self, what):
         return ValueError(f"{self.folder / 'tokenizer.json'}: {what} is not supported (byte-level "
@@ -109,13 +109,11 @@ class Tokenizer:
                           f"Llama 2, Phi-3.5 and Gemma 3)")
 
     def _read_bpe(self, spec):
-        model, vocab = spec["model"], spec["model"].get("vocab")
-        if model.get("type", "BPE") != "BPE" or not isinstance(vocab, dict):
-            raise self._unsupported(f"a model of type {model.get('type')!r}")
-        for option in "dropout continuing_subword_prefix end_of_word_suffix".split():
-            if model.get(option):
-                raise self._unsupported(f"the model option {option}={model[option]!r}")
-        self._read_added(spec["added_tokens"], vocab)
+        model, vocab, added = spec["model"], spec["model"]["vocab"], spec["added_tokens"]
+        asked = [model.get("type", "BPE"), *filter(model.get, UNSUPPORTED)]
+        if asked != ["BPE"]:
+            raise self._unsupported(f"a model with {', '.join(asked)}")
+        self._read_added(added, vocab)
         ids = [*vocab.values(), *self._added.values()]
         if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= MAX_ID:
             raise self._unsupported(f"a token id that is no integer from 0 to {MAX_ID - 1}")
@@ -132,18 +130,19 @@ class Tokenizer:
         read = self._read_byte_level if self._byte_level else self._read_sentencepiece
         read(spec, vocab, merge_results)
         words = {}, {}  # found in the text as it is, found when it is normalised
-        for word, i in self._added.items():
-            late = word in self._late
+        for token in added:
+            word, i, late = token["content"], token["id"], token["normalized"]
+            if token["special"]:
+                self._pieces[i] = b""
+                continue
             if late:
                 word = self._normalised(word)
-            if i not in self._special_ids:
-                words[late][word] = i
+            words[late][word] = i
             self._pieces[i] = word.encode() if self._byte_level else word.replace(MARK, " ")
         self._words, self._late_words = [(one_of(found), found) for found in words]
 
     def _read_added(self, added, vocab):
-        """Special tokens, which text never becomes, and words that it always matches; those called
-        normalized when it is normalised."""
+        """Special tokens, which text never becomes, and words that it always matches."""
         self._added = {token["content"]: token["id"] for token in added}
         for token in added:
             word = token["content"]
@@ -151,8 +150,6 @@ class Tokenizer:
                 raise self._unsupported(f"the added token {word!r}, which is empty, has two ids "
                                         "or matches only single words,")
         self.special = {token["content"]: token["id"] for token in added if token["special"]}
-        self._special_ids = set(self.special.values())
-        self._late = {token["content"] for token in added if token["normalized"]}
         self.marks = {word: i for word, i in self._added.items()
                       if word in self.special or LOOKS_SPECIAL(word)}
         self.mark = one_of(self.marks)
@@ -168,17 +165,17 @@ class Tokenizer:
 
     def _read_byte_level(self, spec, vocab, merge_results):
         decoders, normalizers = steps(spec["decoder"], "decoders"), steps(spec.get("normalizer"))
-        decoder_types = [step["type"] for step in decoders]
-        if decoder_types != ["ByteLevel"] or normalizers not in ([], [{"type": "NFC"}]):
+        kinds = [step["type"] for step in decoders]
+        if kinds != ["ByteLevel"] or normalizers not in ([], [{"type": "NFC"}]):
             raise self._unsupported(f"the decoder {json.dumps(decoders)[:80]} with the normalizer "
                                     f"{json.dumps(normalizers)[:80]}")
         self._nfc, self._prefix = bool(normalizers), "never"
         alphabet = {char: byte for byte, char in enumerate(byte_alphabet())}
         missing = {byte for char, byte in alphabet.items() if char not in vocab}
-        if not missing <= RARE_BYTES or missing and spec["model"].get("unk_token"):
+        if not missing <= RARE_BYTES:
             raise self._unsupported("a vocabulary that lacks bytes of ordinary text")
 
-        def spelled(piece: str) -> bytes:
+        def spelled(piece):
             try:
                 return bytes([alphabet[char] for char in piece])
             except KeyError:  # an added token, written as it is
@@ -246,11 +243,11 @@ class Tokenizer:
         ids |= {piece.encode(): (vocab[name],) for piece, name in zip(pieces, merge_results)}
         self._set_ranks(ids, space_pattern(pieces))
         self._undo_unreachable(pieces)
-        self._pieces = [""] * self.vocab_size  # id -> text, or the byte as an int
+        self._pieces = [b""] * self.vocab_size  # id -> text, or a byte
         for piece, i in vocab.items():
             self._pieces[i] = piece.replace(MARK, " ")
         for byte, i in enumerate(byte_ids):
-            self._pieces[i] = byte
+            self._pieces[i] = bytes([byte])
 
     def _undo_unreachable(self, pieces):
         """Give a piece that the merges never make (Gemma 3 has four, such as " YYYY") the ids that
@@ -289,13 +286,12 @@ class Tokenizer:
 
     def _read_stop_ids(self, generation, config):
         self.stop_ids = set() if self.eos_id is None else {self.eos_id}
-        for source in (generation, config, config.get("text_config") or {}):
+        for name, source in ("generation_config.json", generation), ("config.json", config):
             ids = source.get("eos_token_id")
             if ids is None:
                 continue
             listed = ids if isinstance(ids, list) else [ids]
             if not all(type(i) is int and 0 <= i < MAX_ID for i in listed):
-                name = "generation_config.json" if source is generation else "config.json"
                 raise ValueError(f"{self.folder / name}: eos_token_id {ids!r} is no token id")
             self.stop_ids |= set(listed)
         # A base checkpoint often names only its end of text, while its chat frame ends turns with:
@@ -360,18 +356,14 @@ class Tokenizer:
 
         An id outside the vocabulary (a model may have more rows than tokens) stands for no text.
         """
-        known = [i for i in ids if 0 <= i < self.vocab_size and i not in self._special_ids]
-        pieces = [self._pieces[i] for i in known]
+        pieces = [self._pieces[i] for i in ids if 0 <= i < self.vocab_size]
         if self._byte_level:
             return b"".join(pieces).decode("utf-8", "replace")
         text = ""
-        for are_bytes, run in groupby(pieces, lambda piece: isinstance(piece, int)):
-            if not are_bytes:
-                text += "".join(run)
-                continue
-            run = bytes(run)
+        for kind, run in groupby(pieces, type):
+            run = kind().join(run)
             try:
-                text += run.decode()
+                text += run if kind is str else run.decode()
             except UnicodeDecodeError:  # single-byte tokens are text only if the whole run is valid
                 text += "\ufffd" * len(run)
         return text.removeprefix(" ") if self._strip_first else text  # encode put it there
@@ -405,10 +397,7 @@ def space_pattern(pieces: list[str]) -> str:
     A cut must not change a merge. So there is none behind the few characters (`inner`) that have a
     space behind them in some piece.
     """
-    inner = set()
-    for piece in pieces:
-        if " " in piece.lstrip(" "):
-            inner |= set(re.findall("([^ ]) ", piece))
+    inner = set(re.findall("([^ \0]) ", "\0".join(pieces)))
     pattern = r" *[^ ]+| +"
     if inner:
         allowed = "".join(map(re.escape, sorted(inner)))
