@@ -74,10 +74,8 @@ def json_rows(file) -> Iterator[object]:
 
 
 def open_tensors(path: Path) -> safe_open:
-    """Open a safetensors file. Raises FileNotFoundError or ValueError that names the file.
-
-    Only the header is read; ValueError where the file's length and its header disagree.
-    """
+    """Open a safetensors file, whose length and header must agree. Raises FileNotFoundError or
+    ValueError that names the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
@@ -99,9 +97,8 @@ def write_atomically(path: Path, text: str):
 
 
 def lock(file, wait: bool = True):
-    """Lock an open file until it is closed or this process ends, be it by kill -9. Raises
-    BlockingIOError if another has it and this one should not wait, OSError if there are no locks.
-    """
+    """Lock an open file until it is closed or this process ends, be it by kill -9. Raises OSError
+    without locks, BlockingIOError if another process has it and this one should not wait."""
     if fcntl is None:
         raise OSError("the system has no file locks")
-    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

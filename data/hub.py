@@ -48,8 +48,8 @@ TIMEOUT = 30  # seconds without a byte after which a download fails
 
 
 def find_model(name_or_folder: str | Path) -> Path:
-    """The folder of a model, checked. Raises FileNotFoundError where there is no such model, and
-    ValueError where it is there but broken."""
+    """The folder of a model, checked. Raises FileNotFoundError without one, ValueError for a broken
+    one."""
     name = str(name_or_folder)
     repo = MODELS.get(name, name)
     folder = Path(os.path.expanduser(repo))
@@ -79,8 +79,7 @@ def check_folder(folder: Path) -> Path:
     for name in ["config.json", "tokenizer.json"]:
         read_json(folder / name)
     for name in weight_files(folder):
-        with open_tensors(folder / name):
-            pass  # the file is as long as its own header says
+        open_tensors(folder / name)  # the file is as long as its own header says
     return folder
 
 
@@ -135,9 +134,8 @@ def download_lock(path: Path) -> Iterator[None]:
 
 
 def download_model(repo: str, target: Path):
-    """Download a model into `target`, which appears whole or not at all. Before, the files gather
-    in .NAME.partial, where an interrupted download goes on. Raises OSError, or ValueError where
-    what came is no whole model."""
+    """Download a model into `target`, which appears whole or not at all. An interrupted download
+    goes on in .NAME.partial. Raises OSError, or ValueError where what came is no whole model."""
     partial = target.with_name(f".{target.name}.partial")
     with download_lock(target.with_name(f".{target.name}.lock")):
         if target.is_dir():  # another process brought it while this one waited

@@ -42,13 +42,12 @@ WORD_SETS = {"openr1": "OpenR1-Math-220k", "numina": "NuminaMath-1.5"}  # the fo
 LOGICBENCH = [file for file in PUBLISHED if file.startswith("logicbench")]
 JSONL_SETS = {entry["name"]: file for file, entry in PUBLISHED.items() if "name" in entry}
 JSONL_SETS["gsm-symbolic"] = JSONL_SETS["gsm-symbolic-p1"]  # which the authors evaluate
-SPLIT_SETS = ["tiny", "gsm8k", "math", *WORD_SETS]
 LOGIC_SETS = {  # how a question is worded: by us, and by the authors' code
     "logicbench": "{}\n{}\n{}\nAnswer with the letter of the right choice.",
     "logicbench-paper": "{}\n{} Choose from the following answers:\n{}",
     "prontoqa": "{}\n{} Answer with True or False.",
     "prontoqa-paper": "{} {}"}
-NAMES = [*SPLIT_SETS, *JSONL_SETS, *LOGIC_SETS]
+NAMES = ["tiny", "gsm8k", "math", *WORD_SETS, *JSONL_SETS, *LOGIC_SETS]
 EXPECTED = "expected one JSON object a line with question (or problem) and answer"
 NOT_TEXT = "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]"
 
@@ -63,9 +62,9 @@ def load_problems(name_or_path: str, split: str = "train", question_field: str |
                   answer_field: str | None = None) -> list[Problem]:
     """Read problems from a file or a published set (one of NAMES), in the file's order.
 
-    split: "train" or "test", for SPLIT_SETS; NAME-train and NAME-test say it in the name. Fields
-    of a file may be nested, as in info.answer. Raises ValueError for content that cannot be used,
-    FileNotFoundError for what cannot be had.
+    split: "train" or "test", where a set has both; NAME-train and NAME-test say it in the name.
+    Fields of a file may be nested, as in info.answer. Raises ValueError for content that cannot be
+    used, FileNotFoundError for what cannot be had.
     """
     assert split in ("train", "test"), split
     name = str(name_or_path)
@@ -89,8 +88,6 @@ def load_problems(name_or_path: str, split: str = "train", question_field: str |
     if name not in JSONL_SETS:
         raise FileNotFoundError(f"data {name!r} is neither a file nor one of {', '.join(NAMES)}")
     problems, notes = read_problems(published(JSONL_SETS[name]))
-    if name == "aime24":  # published with three digits, as 033
-        problems = [Problem(p.question, p.answer.lstrip("0") or "0") for p in problems]
     return at_most(name, problems, *notes)
 
 
@@ -131,9 +128,8 @@ def text_of(row: dict, where: str, what: str, names: str) -> str:
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
             break
-    if value is None:
-        fields = ", ".join(map(repr, list(row)[:12])) or "(none)"
-        raise ValueError(f"{where}: the {what} is null or missing in the fields {fields}: "
+    else:
+        raise ValueError(f"{where}: the {what} is null or missing in the fields {list(row)[:12]}: "
                          f"{EXPECTED}, or their names in --question-field and --answer-field")
     if what == "answer" and type(value) in (int, float) and math.isfinite(value):
         value = str(value).removesuffix(".0")  # 27.0 says 27
@@ -188,8 +184,7 @@ def math_problems(split: str) -> list[Problem]:
     wanted, problems = re.compile(rf"MATH/{split}/\w+/\d+\.json"), []
     with tarfile.open(published("MATH.tar")) as archive:  # nothing is unpacked onto the disk
         members = [m for m in archive if m.isfile() and wanted.fullmatch(m.name)]
-        members.sort(key=lambda m: (m.name.split("/")[2], int(Path(m.name).stem)))
-        for member in members:
+        for member in sorted(members, key=lambda m: m.name):
             row = json.load(archive.extractfile(member))
             answer = extract_answer(row["solution"]) or ""
             if is_number(answer):
@@ -221,7 +216,7 @@ def word_problems(name: str, split: str) -> list[Problem]:
 def is_word_problem(row: dict) -> bool:
     """The authors' filters: OpenR1's answers were verified, NuminaMath's problems were judged."""
     problem, solution = row["problem"] or "", row["solution"] or ""
-    valid = row.get("problem_is_valid") == "Yes" and row.get("solution_is_valid") == "Yes"
+    valid = row.get("problem_is_valid") == row.get("solution_is_valid") == "Yes"
     if "correctness_math_verify" in row:
         valid = any(row["correctness_math_verify"] or [])  # of R1's answers at least one
     asked = row["question_type"] == "math-word-problem" and problem.strip() != ""
@@ -262,7 +257,7 @@ def is_number(answer: str) -> bool:
 
 
 def training_problems(args, tokenizer, folder: Path) -> tuple[list[Problem], list[Problem]]:
-    """(the problems to train on, the problems held out for --eval-every).
+    """(the problems to train on, those held out for --eval-every).
 
     Prompts longer than --max-prompt-tokens, or than the positions of the model in `folder` leave
     room for beside an answer, are skipped and counted, never cut. The embedded model's data has
@@ -274,30 +269,27 @@ def training_problems(args, tokenizer, folder: Path) -> tuple[list[Problem], lis
     if args.eval_every and args.data == "tiny":
         held_out = load_problems("tiny-test")
     elif args.eval_every:
-        different = {p.question: p for p in problems}  # no question is in both parts
+        different = list({p.question: p for p in problems}.values())
         count = min(HELD_OUT, len(different) // 10)
         if count == 0:
             raise ValueError("--eval-every holds out a tenth of the data, but there are only "
                              f"{len(different)} different problems: use 0")
-        questions = list(different)
-        chosen = [questions[i] for i in shuffled(len(questions), "held out")[:count]]
-        held_out = [different.pop(question) for question in chosen]
-        problems = [p for p in problems if p.question in different]
+        held_out = [different[i] for i in shuffled(len(different), "held out")[:count]]
+        asked = {p.question for p in held_out}  # no question is in both parts
+        problems = [p for p in problems if p.question not in asked]
 
     positions = read_json(folder / "config.json")["max_position_embeddings"]
     limit = min(args.max_prompt_tokens, positions - args.max_new_tokens)
-    if limit < 1:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt: "
-                         f"{folder} has {positions} positions")
 
-    def short_enough(candidates: list[Problem], what: str) -> list[Problem]:
+    def short_enough(candidates, what):
         lengths = [len(encode_prompt(tokenizer, p.question)) for p in candidates]
         kept = [p for p, length in zip(candidates, lengths) if length <= limit]
         skipped = len(candidates) - len(kept)
         if candidates and not kept:
             raise ValueError(f"all {skipped} {what} are longer than --max-prompt-tokens "
-                             f"{args.max_prompt_tokens}, or leave no room for an answer within "
-                             f"{positions} positions (the shortest has {min(lengths)} tokens)")
+                             f"{args.max_prompt_tokens}, or leave no room for --max-new-tokens "
+                             f"{args.max_new_tokens} within {positions} positions (the shortest "
+                             f"has {min(lengths)} tokens)")
         if skipped:
             print(f"note: {skipped} of {len(candidates)} {what} are longer than {limit} tokens and "
                   "are skipped", file=sys.stderr)
@@ -313,9 +305,7 @@ def training_problems(args, tokenizer, folder: Path) -> tuple[list[Problem], lis
 
 def batch_of(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
     """The problems of a step: the step-th slice of an endless row of shuffled passes over the data.
-
-    It depends on the arguments alone, so a resumed run needs no memory of where it was.
-    """
+    It depends on the arguments alone, so a resumed run needs no memory of where it was."""
     batch = []
     for k in range(step * count, (step + 1) * count):
         epoch, place = divmod(k, len(problems))
