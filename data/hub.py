@@ -109,7 +109,7 @@ def cached_snapshot(repo: str) -> Path:
     main, snapshots = folder / "refs" / "main", list(folder.glob("snapshots/*"))
     if len(snapshots) == 1 and not main.exists():
         return snapshots[0]
-    return folder / "snapshots" / main.read_text(encoding="utf-8").strip()
+    return folder / "snapshots" / main.read_text().strip()
 
 
 def cache_folder() -> Path:
@@ -147,10 +147,10 @@ def download_model(repo: str, target: Path):
         headers = download(f"{source}/main/config.json", partial / "config.json")
         revision = headers.get("x-repo-commit", "main")  # all files must come from one revision
         note = partial / "revision"
-        if revision == "main" or not note.is_file() or note.read_text("utf-8") != revision:
+        if revision == "main" or not note.is_file() or note.read_text() != revision:
             for old in set(partial.iterdir()) - {partial / "config.json"}:
                 old.unlink()
-            note.write_text(revision, "utf-8")
+            note.write_text(revision)
         try:
             for file in [*FILES, WEIGHTS, INDEX]:
                 with contextlib.suppress(FileNotFoundError):  # check_folder knows what is needed
@@ -202,7 +202,7 @@ class HubHandler(urllib.request.BaseHandler):
     """Adds the token to requests to the endpoint, and keeps the headers of every answer."""
 
     def __init__(self):
-        self.headers: dict[str, str] = {}
+        self.headers = {}
 
     def http_request(self, request):
         token = os.environ.get("HF_TOKEN", "").strip()

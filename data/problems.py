@@ -241,7 +241,7 @@ def logicbench_problems(name: str) -> list[Problem]:
 def prontoqa_problems(name: str) -> list[Problem]:
     """ProntoQA as Logic-LM published it: context and statement, the reference True or False."""
     problems = []
-    for sample in json.loads(published("prontoqa_dev.json").read_text(encoding="utf-8")):
+    for _, sample in read_rows(published("prontoqa_dev.json")):
         options = dict(option.split(") ", 1) for option in sample["options"])  # "A) True"
         parts = sample["context"].strip(), sample["question"].strip()
         problems.append(Problem(LOGIC_SETS[name].format(*parts), options[sample["answer"]]))

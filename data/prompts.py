@@ -11,7 +11,7 @@ import time
 import tracemalloc
 
 from data.files import one_line
-from data.tokenizer import WHITE_SPACE, Tokenizer
+from data.tokenizer import Tokenizer
 
 SYSTEM = "Reason step by step, and put your final answer within \\boxed{}."
 PLAIN = (  # the frame of a model without a template
@@ -37,18 +37,12 @@ def encode_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
     if text.count(HOLE) != bool(core):
         raise ValueError(f"{tokenizer.folder}: its chat template puts the question "
                          f"{text.count(HOLE)} times into the prompt")
-    marks, ids = tokenizer.marks, []
-    frame = [part for part in tokenizer.mark.split(text) if part]  # marks, and text between them
-    for before, part, after in zip([None, *frame], frame, [*frame[1:], None]):
-        if part in marks:
-            ids.append(marks[part])
-            continue
-        part = part.replace(HOLE, core)
-        if marks.get(before) in tokenizer.strips_after:
-            part = part.lstrip(WHITE_SPACE)
-        if marks.get(after) in tokenizer.strips_before:
-            part = part.rstrip(WHITE_SPACE)
-        ids += tokenizer.encode(part, at_start=before is None, marks=False)
+    ids = []
+    for part in tokenizer.split(text, tokenizer.mark_finder):
+        if isinstance(part, int):
+            ids.append(part)
+        else:
+            ids += tokenizer.encode(part.replace(HOLE, core), at_start=not ids, marks=False)
     if max(ids, default=0) >= tokenizer.rows:
         raise ValueError(f"{tokenizer.folder}: token {max(ids)} of the prompt is beyond the "
                          f"{tokenizer.rows} rows of the model: its files do not belong together")

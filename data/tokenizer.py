@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain, groupby
 from pathlib import Path
 
@@ -31,7 +31,7 @@ BESIDE = ("tokenizer_config.json", "generation_config.json", "config.json",
           "special_tokens_map.json", "chat_template.json")
 UNSUPPORTED = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")  # model options
 MAX_ID = 2_000_000  # a larger id means a broken file
-MAX_SPACES = 500_000  # tiktoken's splitter overflows its stack on a million spaces in a row
+TOO_MANY_SPACES = re.compile(r"\s{500000}")  # tiktoken's splitter overflows its stack on a million
 MARK = "\u2581"  # SentencePiece's visible space
 WHITE_SPACE = ("\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008"
                "\u2009\u200a\u2028\u2029\u202f\u205f\u3000")  # Unicode's; str.strip() has four more
@@ -72,7 +72,6 @@ class Tokenizer:
     bos_id, eos_id: the beginning- and end-of-text tokens, None where no file names one.
     names: what the files call bos_token, eos_token and so on, for the chat template.
     adds_bos: whether the tokenizer puts bos_id in front of plain text.
-    strips_after, strips_before: ids that swallow the white space on that side of them.
     chat_template: the checkpoint's Jinja template as text, or None (prompts.py renders it).
     system, instruction, thinking: of its prompts; a script sets them. system None: the default.
     rows: the tokens that the model of config.json knows.
@@ -119,11 +118,9 @@ class Tokenizer:
             raise self._unsupported(f"a token id that is no integer from 0 to {MAX_ID - 1}")
         self.vocab_size = 1 + max(ids)
 
-        merges = model["merges"]
-        if merges and isinstance(merges[0], str):
-            merges = [pair.split(" ") for pair in merges]
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         merge_results = list(dict.fromkeys(map("".join, merges)))  # in order, each once
-        pairs = set(map(len, merges)) <= {2} and min(map(len, merge_results), default=2) >= 2
+        pairs = all(len(pair) == 2 and all(pair) for pair in merges)
         if not pairs or not vocab.keys() >= set(merge_results):
             raise self._unsupported("a merge that is no pair or makes no piece of the vocabulary")
         self._byte_level = not model.get("byte_fallback")
@@ -152,9 +149,10 @@ class Tokenizer:
         self.special = {token["content"]: token["id"] for token in added if token["special"]}
         self.marks = {word: i for word, i in self._added.items()
                       if word in self.special or LOOKS_SPECIAL(word)}
-        self.mark = one_of(self.marks)
-        self.strips_after = {token["id"] for token in added if token["rstrip"]}
-        self.strips_before = {token["id"] for token in added if token["lstrip"]}
+        self.mark_finder = one_of(self.marks), self.marks
+        # Ids that swallow the white space on that side of them.
+        self._strips_after = {token["id"] for token in added if token["rstrip"]}
+        self._strips_before = {token["id"] for token in added if token["lstrip"]}
 
     def _set_ranks(self, ids, pattern):
         """ids: joined bytes -> token ids, by rank. pattern: its matches are encoded one by one."""
@@ -310,14 +308,14 @@ class Tokenizer:
         at the start of a text. marks: False: words that look special are just text, too.
         Raises ValueError on a run of half a million white-space characters.
         """
-        if len(text) >= MAX_SPACES and re.search(rf"\s{{{MAX_SPACES}}}", text):
-            raise ValueError(f"the text has {MAX_SPACES} white-space characters in a row: cut it")
+        if TOO_MANY_SPACES.search(text):
+            raise ValueError("the text has 500000 white-space characters in a row: cut it")
         skipped = () if marks else self.marks.values()
         ids = []
-        for part in self._split(text, self._words, skipped):
+        for part in self.split(text, self._words, skipped):
             pieces = [part]
             if isinstance(part, str):
-                pieces = self._split(self._normalised(part), self._late_words, skipped)
+                pieces = self.split(self._normalised(part), self._late_words, skipped)
             for piece in pieces:
                 if isinstance(piece, int):
                     ids.append(piece)
@@ -330,17 +328,18 @@ class Tokenizer:
                 at_start = False
         return ids
 
-    def _split(self, text, finder, skipped):
-        """Stretches of text, and between them the ids of added words, but for `skipped`."""
+    def split(self, text: str, finder: tuple, skipped: Iterable[int] = ()) -> Iterator[str | int]:
+        """Stretches of text, and between them the ids of added words, but for `skipped`. finder: a
+        pattern of the words, and their ids."""
         (pattern, words), done = finder, 0
         for found in pattern.finditer(text):
             i = words[found[0]]
             if i in skipped:
                 continue
             before, done = text[done:found.start()], found.end()
-            if i in self.strips_before:
+            if i in self._strips_before:
                 before = before.rstrip(WHITE_SPACE)
-            if i in self.strips_after:
+            if i in self._strips_after:
                 done = WHITE_SPACES.match(text, done).end()
             yield from (before, i)
         yield text[done:]
