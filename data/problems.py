@@ -1,12 +1,11 @@
 """Problems: a question and the reference of its final answer, from your file or a published set.
 
-    load_problems("my.jsonl")       JSONL with question (or problem) and answer; also a JSON array,
-                                    .gz of either, .parquet, .csv
+    load_problems("my.jsonl")       question (or problem) and answer; see read_rows for the formats
     load_problems("gsm8k", "test")  a published set; one that is not split ignores the split
     load_problems("tiny")           the embedded model's own problems (data/tiny_world.py)
 
-Repeated problems are merged, a reference that is a worked solution becomes its final answer by the
-rules of verify.py, and a note counts both, and the references that the verifier cannot read.
+Repeated problems are merged, worked solutions become their final answer by the rules of verify.py,
+and a note counts both, and the references that the verifier cannot read.
 
 Published files (data/published.json) are looked for in $SA_DATA, then in our cache, and are
 downloaded into the cache when absent. Training sets are filtered and cut as by the authors (github.
@@ -70,8 +69,8 @@ def load_problems(name_or_path: str, split: str = "train", question_field: str |
     name = str(name_or_path)
     path = Path(os.path.expanduser(name))
     if path.is_file() and name not in NAMES:
-        problems, notes = read_problems(path, question_field, answer_field)
-        return at_most(path.name, problems, *notes, most=len(problems))
+        found = read_problems(path, question_field, answer_field)
+        return at_most(path.name, *found, most=sys.maxsize)
     if name.endswith(("-train", "-test")):
         name, _, split = name.rpartition("-")
     if name == "tiny":
@@ -87,13 +86,12 @@ def load_problems(name_or_path: str, split: str = "train", question_field: str |
         return at_most(name, read(name))
     if name not in JSONL_SETS:
         raise FileNotFoundError(f"data {name!r} is neither a file nor one of {', '.join(NAMES)}")
-    problems, notes = read_problems(published(JSONL_SETS[name]))
-    return at_most(name, problems, *notes)
+    return at_most(name, *read_problems(published(JSONL_SETS[name])))
 
 
 def read_problems(path: Path, question_field: str | None = None,
-                  answer_field: str | None = None) -> tuple[list[Problem], list[str]]:
-    """The problems of a file; notes of references that were shortened or cannot be read."""
+                  answer_field: str | None = None) -> tuple:
+    """(the problems of a file, notes of references that were shortened or cannot be read ...)"""
     problems, shortened, unread = [], 0, []
     for where, row in read_rows(path):
         question = text_of(row, where, "question", question_field or "question,problem,Question")
@@ -114,7 +112,7 @@ def read_problems(path: Path, question_field: str | None = None,
         notes.append(f"{shortened} worked solutions shortened to their final answer")
     if unread:
         notes.append(f"{len(unread)} answers that the verifier cannot read, first {unread[0]}")
-    return problems, notes
+    return problems, *notes
 
 
 def text_of(row: dict, where: str, what: str, names: str) -> str:
@@ -287,9 +285,9 @@ def training_problems(args, tokenizer, folder: Path) -> tuple[list[Problem], lis
         skipped = len(candidates) - len(kept)
         if candidates and not kept:
             raise ValueError(f"all {skipped} {what} are longer than --max-prompt-tokens "
-                             f"{args.max_prompt_tokens}, or leave no room for --max-new-tokens "
-                             f"{args.max_new_tokens} within {positions} positions (the shortest "
-                             f"has {min(lengths)} tokens)")
+                             f"{args.max_prompt_tokens} or leave no room for --max-new-tokens "
+                             f"{args.max_new_tokens} in {positions} positions (the shortest has "
+                             f"{min(lengths)} tokens)")
         if skipped:
             print(f"note: {skipped} of {len(candidates)} {what} are longer than {limit} tokens and "
                   "are skipped", file=sys.stderr)

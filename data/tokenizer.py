@@ -12,7 +12,6 @@ the pair of the lowest rank, the leftmost first. A tokenizer.json lists its join
 
 After encoding, ranks are mapped to ids. A character that is no piece becomes the ids of its bytes.
 """
-import json
 import re
 import shutil
 import sys
@@ -29,7 +28,6 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
          "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 BESIDE = ("tokenizer_config.json", "generation_config.json", "config.json",
           "special_tokens_map.json", "chat_template.json")
-UNSUPPORTED = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")  # model options
 MAX_ID = 2_000_000  # a larger id means a broken file
 TOO_MANY_SPACES = re.compile(r"\s{500000}")  # tiktoken's splitter overflows its stack on a million
 MARK = "\u2581"  # SentencePiece's visible space
@@ -86,9 +84,8 @@ class Tokenizer:
         try:
             return cls(Path(folder))
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{folder}: tokenizer.json or a file beside it is not laid out as it "
-                             f"should be ({type(error).__name__}: {error}): copy it again"
-                             ) from error
+            raise ValueError(f"{folder}: tokenizer.json or a file beside it is not laid out as usual "
+                             f"({type(error).__name__}: {error}): copy it again") from error
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -103,13 +100,13 @@ class Tokenizer:
         self.rows = config.get("vocab_size", MAX_ID)
 
     def _unsupported(self, what):
-        return ValueError(f"{self.folder / 'tokenizer.json'}: {what} is not supported (byte-level "
-                          f"BPE as in Qwen and SmolLM2 is, and SentencePiece-style BPE as in "
-                          f"Llama 2, Phi-3.5 and Gemma 3)")
+        return ValueError(f"{self.folder / 'tokenizer.json'}: {what} is not supported (only BPE as "
+                          "in Qwen, SmolLM2 and Llama 3, or in Llama 2, Phi-3.5 and Gemma 3)")
 
     def _read_bpe(self, spec):
         model, vocab, added = spec["model"], spec["model"]["vocab"], spec["added_tokens"]
-        asked = [model.get("type", "BPE"), *filter(model.get, UNSUPPORTED)]
+        options = "dropout", "continuing_subword_prefix", "end_of_word_suffix"
+        asked = [model.get("type", "BPE"), *filter(model.get, options)]
         if asked != ["BPE"]:
             raise self._unsupported(f"a model with {', '.join(asked)}")
         self._read_added(added, vocab)
@@ -144,8 +141,7 @@ class Tokenizer:
         for token in added:
             word = token["content"]
             if not word or vocab.get(word, token["id"]) != token["id"] or token["single_word"]:
-                raise self._unsupported(f"the added token {word!r}, which is empty, has two ids "
-                                        "or matches only single words,")
+                raise self._unsupported(f"an empty, double or single_word added token, {word!r},")
         self.special = {token["content"]: token["id"] for token in added if token["special"]}
         self.marks = {word: i for word, i in self._added.items()
                       if word in self.special or LOOKS_SPECIAL(word)}
@@ -165,8 +161,7 @@ class Tokenizer:
         decoders, normalizers = steps(spec["decoder"], "decoders"), steps(spec.get("normalizer"))
         kinds = [step["type"] for step in decoders]
         if kinds != ["ByteLevel"] or normalizers not in ([], [{"type": "NFC"}]):
-            raise self._unsupported(f"the decoder {json.dumps(decoders)[:80]} with the normalizer "
-                                    f"{json.dumps(normalizers)[:80]}")
+            raise self._unsupported(f"the decoder or normalizer {kinds + normalizers}"[:160])
         self._nfc, self._prefix = bool(normalizers), "never"
         alphabet = {char: byte for byte, char in enumerate(byte_alphabet())}
         missing = {byte for char, byte in alphabet.items() if char not in vocab}
@@ -181,8 +176,7 @@ class Tokenizer:
 
         # A missing byte has no ids. (The tokenizers library then also joins its neighbours.)
         ids = {bytes([byte]): () for byte in range(256)}
-        # With ignore_merges a stretch that is a piece stays whole. So does one in tiktoken.
-        whole = vocab if spec["model"].get("ignore_merges") else ()
+        whole = vocab if spec["model"].get("ignore_merges") else ()  # tiktoken keeps pieces whole
         for piece in [*alphabet, *merge_results, *whole]:
             if piece in vocab:
                 ids[spelled(piece)] = (vocab[piece],)
@@ -204,7 +198,7 @@ class Tokenizer:
                     and first["behavior"] == "Isolated" and not first["invert"]):
                 pattern = first["pattern"]["Regex"]
                 return rf"{pattern}|(?:(?!{pattern})[\s\S])+"  # also the text between its matches
-        raise self._unsupported(f"the pre_tokenizer {json.dumps(pre_tokenizer)[:120]}")
+        raise self._unsupported(f"the pre_tokenizer {pre_tokenizer}"[:160])
 
     def _read_sentencepiece(self, spec, vocab, merge_results):
         normalizers = steps(spec.get("normalizer"))
@@ -217,13 +211,12 @@ class Tokenizer:
             schemes = {"always": "unless spaced", "first": "at start", "never": "never"}
             self._prefix = schemes[split[0]["prepend_scheme"]]
         else:
-            raise self._unsupported(f"the normalizer {json.dumps(normalizers)[:160]} with the "
-                                    f"pre_tokenizer {json.dumps(split)[:80]}")
+            raise self._unsupported(f"the normalizer, pre_tokenizer {normalizers + split}"[:240])
         decoders = steps(spec["decoder"], "decoders")
         self._strip_first = STRIP in decoders
         kinds = ["Replace", "ByteFallback", "Fuse"] + ["Strip"] * self._strip_first
         if [step["type"] for step in decoders] != kinds or spec["model"].get("ignore_merges"):
-            raise self._unsupported(f"ignore_merges or the decoder {json.dumps(decoders)[:120]}")
+            raise self._unsupported(f"ignore_merges or the decoder {decoders}"[:160])
         byte_names = [f"<0x{byte:02X}>" for byte in range(256)]
         if not vocab.keys() >= {*byte_names, MARK}:
             raise self._unsupported(f"a vocabulary that lacks {MARK} or some of <0x00> to <0xFF>")
@@ -249,8 +242,8 @@ class Tokenizer:
 
     def _undo_unreachable(self, pieces):
         """Give a piece that the merges never make (Gemma 3 has four, such as " YYYY") the ids that
-        they make instead. tiktoken would find such a piece, because it looks a match up before it
-        merges. Here every piece is encoded with a character behind it that joins with nothing."""
+        they make instead: tiktoken looks a match up before it merges, and would find the piece.
+        Here every piece is encoded with a character behind it that joins with nothing."""
         end = min(set(map(chr, range(32))) - set("".join(pieces)))
         for piece in pieces:
             *made, _ = self._tiktoken.encode_ordinary(piece + end)
@@ -298,7 +291,7 @@ class Tokenizer:
                 self.stop_ids.add(self.marks[end])
         if not self.stop_ids:
             print(f"note: no file in {self.folder} names a token that ends an answer (eos_token, "
-                  "eos_token_id): every answer will run to its limit", file=sys.stderr)
+                  "eos_token_id): every answer runs to its limit", file=sys.stderr)
 
     def encode(self, text: str, *, at_start: bool = True, marks: bool = True) -> list[int]:
         """Ids of ordinary text. Nothing is put around it; a spelled-out special token is just text.
@@ -352,9 +345,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, without special tokens. Invalid UTF-8, such as half a character, is U+FFFD.
-
-        An id outside the vocabulary (a model may have more rows than tokens) stands for no text.
-        """
+        An id outside the vocabulary (a model may have more rows than tokens) has no text."""
         pieces = [self._pieces[i] for i in ids if 0 <= i < self.vocab_size]
         if self._byte_level:
             return b"".join(pieces).decode("utf-8", "replace")
@@ -391,11 +382,9 @@ def one_of(words: Iterable[str]) -> re.Pattern:
 
 
 def space_pattern(pieces: list[str]) -> str:
-    """A pattern that cuts text before runs of spaces: tiktoken is faster with short matches.
-
-    A cut must not change a merge. So there is none behind the few characters (`inner`) that have a
-    space behind them in some piece.
-    """
+    """A pattern that cuts text before runs of spaces: tiktoken is faster with short matches. A cut
+    must not change a merge: there is none behind the few characters (`inner`) that have a space
+    behind them in some piece."""
     inner = set(re.findall("([^ \0]) ", "\0".join(pieces)))
     pattern = r" *[^ ]+| +"
     if inner:

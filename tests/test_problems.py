@@ -660,8 +660,8 @@ def test_long_prompts_are_skipped_and_counted_never_cut(tokenizer, place, capsys
 
 @pytest.mark.parametrize("changes, says", [
     (dict(max_prompt_tokens=2), r"all 9 prompts are longer than --max-prompt-tokens 2.*has \d+"),
-    (dict(max_new_tokens=1022), r"all 9 prompts .* within 1024 positions"),
-    (dict(max_new_tokens=1024), r"all 9 prompts .* --max-new-tokens 1024 within 1024 positions"),
+    (dict(max_new_tokens=1022), r"all 9 prompts .* in 1024 positions"),
+    (dict(max_new_tokens=1024), r"all 9 prompts .* --max-new-tokens 1024 in 1024 positions"),
     (dict(prompts_per_step=10), r"--prompts-per-step 10 is more than the 9 problems of"),
 ])
 def test_data_that_cannot_be_trained_on(tokenizer, place, changes, says):
