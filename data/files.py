@@ -39,11 +39,8 @@ def read_json(path: Path) -> dict:
 
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     """(where, row) of JSONL or a JSON array, of either as .gz, of .parquet, of .csv with a head.
-
-    where: the file, and its line or row. Raises ValueError that names both.
-    """
-    number, opened = 0, gzip.open if path.suffix == ".gz" else open
-    place = f"{path}, line" if ".jsonl" in path.suffixes else f"{path}, row"
+    where: the file, and its line or row. Raises ValueError that names both."""
+    number, place = 0, f"{path}, line" if ".jsonl" in path.suffixes else f"{path}, row"
     try:
         if path.suffix == ".parquet":
             from pyarrow.parquet import ParquetFile
@@ -52,7 +49,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
         elif path.suffix == ".csv":
             rows = csv.DictReader(open(path, encoding="utf-8-sig", newline=""))
         else:
-            rows = json_rows(opened(path, "rb"))
+            rows = json_rows(gzip.open(path) if path.suffix == ".gz" else open(path, "rb"))
         for number, row in enumerate(rows, start=1):
             if row is not ...:
                 yield f"{place} {number}", row
@@ -74,8 +71,7 @@ def json_rows(file) -> Iterator[object]:
 
 
 def open_tensors(path: Path) -> safe_open:
-    """Open a safetensors file, whose length and header must agree. Raises FileNotFoundError or
-    ValueError that names the file."""
+    """Open a safetensors file. Raises FileNotFoundError or ValueError that names the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:

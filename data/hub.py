@@ -48,8 +48,7 @@ TIMEOUT = 30  # seconds without a byte after which a download fails
 
 
 def find_model(name_or_folder: str | Path) -> Path:
-    """The folder of a model, checked. Raises FileNotFoundError without one, ValueError for a broken
-    one."""
+    """The folder of a model, checked. Raises FileNotFoundError or, for a broken one, ValueError."""
     name = str(name_or_folder)
     repo = MODELS.get(name, name)
     folder = Path(os.path.expanduser(repo))
@@ -69,15 +68,15 @@ def find_model(name_or_folder: str | Path) -> Path:
     except OSError as error:  # of the network, or of a full disk or an unwritable folder
         raise FileNotFoundError(
             f"model {name!r} is no folder, not in the Hugging Face cache ({not_cached}), not in "
-            f"{ours}, and could not be downloaded from {endpoint()}/{repo} ({one_line(error)}): "
-            "give --model its folder (is it gated? accept its licence, set HF_TOKEN)") from error
+            f"{ours}, and not to be had from {endpoint()}/{repo} ({one_line(error)}): give --model "
+            "its folder (is it gated? accept its licence, set HF_TOKEN)") from error
     return check_folder(ours)
 
 
 def check_folder(folder: Path) -> Path:
     """`folder`, if it is a whole model; else FileNotFoundError or ValueError that names a file."""
-    for name in ["config.json", "tokenizer.json"]:
-        read_json(folder / name)
+    read_json(folder / "config.json")
+    read_json(folder / "tokenizer.json")
     for name in weight_files(folder):
         open_tensors(folder / name)  # the file is as long as its own header says
     return folder
@@ -166,8 +165,8 @@ def download_model(repo: str, target: Path):
 
 def download(url: str, path: Path, sha256: str = "") -> dict[str, str]:
     """Download a file, unless it is here. It gets its name when its length and its hash are right
-    (`sha256`, else what the hub tells, if anything). Returns the headers that came. Raises
-    FileNotFoundError where there is no such file, other OSErrors for all else."""
+    (`sha256`, else what the hub tells). Returns the headers. Raises FileNotFoundError where there
+    is no such file, other OSErrors for all else."""
     if path.is_file():
         return {}
     part = path.with_name(f"{path.name}.part")
@@ -177,8 +176,8 @@ def download(url: str, path: Path, sha256: str = "") -> dict[str, str]:
     try:
         with urllib.request.build_opener(handler).open(request, timeout=TIMEOUT) as answer:
             have = have if answer.status == 206 else 0  # else the server sends the whole file
-            size = have + (answer.length or 0)  # None where the server does not tell
-            bar = tqdm.wrapattr(answer, "read", total=size, initial=have, desc=path.name)
+            bar = tqdm.wrapattr(answer, "read", total=have + (answer.length or 0), initial=have,
+                                desc=path.name)
             with bar as body, open(part, "ab" if have else "wb") as file:
                 shutil.copyfileobj(body, file)
             if answer.length:

@@ -1,6 +1,6 @@
 """Problems: a question and the reference of its final answer, from your file or a published set.
 
-    load_problems("my.jsonl")       question (or problem) and answer; see read_rows for the formats
+    load_problems("my.jsonl")       JSONL or a JSON array, .gz of either, .parquet, .csv
     load_problems("gsm8k", "test")  a published set; one that is not split ignores the split
     load_problems("tiny")           the embedded model's own problems (data/tiny_world.py)
 
@@ -63,11 +63,9 @@ def load_problems(name_or_path: str, split: str = "train", question_field: str |
 
     split: "train" or "test", where a set has both; NAME-train and NAME-test say it in the name.
     Fields of a file may be nested, as in info.answer. Raises ValueError for content that cannot be
-    used, FileNotFoundError for what cannot be had.
-    """
+    used, FileNotFoundError for what cannot be had."""
     assert split in ("train", "test"), split
-    name = str(name_or_path)
-    path = Path(os.path.expanduser(name))
+    name, path = name_or_path, Path(os.path.expanduser(name_or_path))
     if path.is_file() and name not in NAMES:
         found = read_problems(path, question_field, answer_field)
         return at_most(path.name, *found, most=sys.maxsize)
@@ -173,7 +171,7 @@ def published(file: str) -> Path:
                                 f"there by hand ({url}: {one_line(error)})") from error
     if sha256 and file_sha256(path) != sha256:
         raise ValueError(f"{path} is not the published file (its SHA-256 is not {sha256}): delete "
-                         "it, or give its path as the data to use it as it is")
+                         "it, or give its path as the data")
     return path
 
 
@@ -187,8 +185,8 @@ def math_problems(split: str) -> list[Problem]:
             answer = extract_answer(row["solution"]) or ""
             if is_number(answer):
                 problems.append(Problem(row["problem"].strip(), answer))
-    note = f"{len(problems)} of {len(members)} have a numeric answer"
-    return at_most(f"math {split}", problems, note)
+    return at_most(f"math {split}", problems,
+                   f"{len(problems)} of {len(members)} have a numeric answer")
 
 
 def word_problems(name: str, split: str) -> list[Problem]:
@@ -206,9 +204,9 @@ def word_problems(name: str, split: str) -> list[Problem]:
     random.Random(SEED).shuffle(problems)
     test = round(TEST_SHARE * len(problems))
     part = problems[:test] if split == "test" else problems[test:]
-    notes = (f"{good} of {read} are valid word problems with a numeric answer",
-             f"{good - len(problems)} repeated ones merged")
-    return at_most(f"{name} {split}", part, *notes)
+    return at_most(f"{name} {split}", part,
+                   f"{good} of {read} are valid word problems with a numeric answer",
+                   f"{good - len(problems)} repeated ones merged")
 
 
 def is_word_problem(row: dict) -> bool:
@@ -218,7 +216,7 @@ def is_word_problem(row: dict) -> bool:
     if "correctness_math_verify" in row:
         valid = any(row["correctness_math_verify"] or [])  # of R1's answers at least one
     asked = row["question_type"] == "math-word-problem" and problem.strip() != ""
-    linked = "http" in problem or "http" in solution
+    linked = "http" in problem + solution
     return valid and asked and not linked and is_number(row["answer"] or "")
 
 
@@ -259,8 +257,7 @@ def training_problems(args, tokenizer, folder: Path) -> tuple[list[Problem], lis
 
     Prompts longer than --max-prompt-tokens, or than the positions of the model in `folder` leave
     room for beside an answer, are skipped and counted, never cut. The embedded model's data has
-    its own test set. Elsewhere a tenth (at most HELD_OUT) is held out, chosen by the data alone.
-    """
+    its own test set. Elsewhere a tenth (at most HELD_OUT) is held out, chosen by the data alone."""
     problems, held_out = [], []
     for name in args.data.split(","):  # one that stands twice weighs twice
         problems += load_problems(name, "train", args.question_field, args.answer_field)
@@ -286,8 +283,8 @@ def training_problems(args, tokenizer, folder: Path) -> tuple[list[Problem], lis
         if candidates and not kept:
             raise ValueError(f"all {skipped} {what} are longer than --max-prompt-tokens "
                              f"{args.max_prompt_tokens} or leave no room for --max-new-tokens "
-                             f"{args.max_new_tokens} in {positions} positions (the shortest has "
-                             f"{min(lengths)} tokens)")
+                             f"{args.max_new_tokens} in {positions} positions: the shortest has "
+                             f"{min(lengths)} tokens")
         if skipped:
             print(f"note: {skipped} of {len(candidates)} {what} are longer than {limit} tokens and "
                   "are skipped", file=sys.stderr)

@@ -27,8 +27,7 @@ def encode_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
 
     tokenizer.system, .instruction and .thinking say what else is in it. "" as the question makes
     the context of ppl(a): an empty user turn, without the instruction. Raises ValueError for a
-    template that fails, or that does not put the question into the prompt exactly once.
-    """
+    template that fails, or that does not put the question into the prompt once."""
     core = question.strip()  # the template sees the white space around it
     asked = question.replace(core, HOLE, 1) if core else question
     if question and tokenizer.instruction:
@@ -50,15 +49,14 @@ def encode_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
 
 
 def opened_thinking(tokenizer: Tokenizer) -> str:
-    """The "<think>" that every prompt ends in, with its white space; else "". A verifier needs it
-    in front of the answer."""
+    """The "<think>" that every prompt ends in, for a verifier of answers; else ""."""
     return re.search(r"(<think>\s*)?\Z", render_prompt(tokenizer, ""))[0]
 
 
 def render_prompt(tokenizer: Tokenizer, asked: str) -> str:
     """The prompt as text; `asked` is the user's message. Where the template has no place for a
     system message, that opens the user's."""
-    template = PLAIN if tokenizer.chat_template is None else tokenizer.chat_template
+    template = tokenizer.chat_template or PLAIN
     system = tokenizer.system
     if system is None:  # the embedded model knows none
         system = "" if "<|question|>" in template else SYSTEM
@@ -113,8 +111,7 @@ def sandbox():
     try:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        raise ValueError("chat templates need jinja2, which is not there: pip install jinja2"
-                         ) from None
+        raise ValueError("chat templates need a package: pip install jinja2") from None
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                          extensions=["jinja2.ext.loopcontrols"])
     calculate = made.call_binop

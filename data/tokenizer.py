@@ -17,7 +17,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 
 import tiktoken
@@ -35,12 +35,11 @@ WHITE_SPACE = ("\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2
                "\u2009\u200a\u2028\u2029\u202f\u205f\u3000")  # Unicode's; str.strip() has four more
 WHITE_SPACES = re.compile(f"[{WHITE_SPACE}]*")
 LOOKS_SPECIAL = re.compile(r"<[|\uff5c].*[|\uff5c]>").fullmatch  # DeepSeek has wide bars
-# Bytes that a byte-level vocabulary may lack, as SmolLM2's does: control characters, and bytes that
-# UTF-8 uses nowhere (C0, C1, F5 to FF) or only for unassigned code points (F1, F2).
+# Bytes that a vocabulary may lack, as SmolLM2's does: of control characters, or unused in UTF-8.
 RARE_BYTES = {*range(9), *range(14, 32), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
 
-# The ByteLevel pre-tokenizer's own pattern (GPT-2's), and what it becomes behind a step that splits
-# off every digit: white space before a digit stays together.
+# The ByteLevel pre-tokenizer's own pattern (GPT-2's), and the same behind a step that splits off
+# every digit: white space before a digit stays together.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
@@ -54,8 +53,7 @@ STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
 def byte_alphabet() -> list[str]:
-    """The character that byte-level BPE writes for each of the 256 bytes (GPT-2's table): a
-    printable byte's own character, U+0100, U+0101, ... for the others."""
+    """The character that byte-level BPE writes for each of the 256 bytes (GPT-2's table)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
@@ -84,14 +82,14 @@ class Tokenizer:
         try:
             return cls(Path(folder))
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{folder}: tokenizer.json or a file beside it is not laid out as usual "
+            raise ValueError(f"{folder}: tokenizer.json or a file beside it is oddly laid out "
                              f"({type(error).__name__}: {error}): copy it again") from error
 
     def __init__(self, folder: Path):
         self.folder = folder
         spec = read_json(folder / "tokenizer.json")
-        found = [read_json(folder / name) if (folder / name).exists() else {} for name in BESIDE]
-        settings, generation, config, names, template = found
+        settings, generation, config, names, template = (
+            read_json(folder / name) if (folder / name).exists() else {} for name in BESIDE)
         config = (config.get("text_config") or {}) | config
         self._read_bpe(spec)
         self._read_names(spec, names, settings)
@@ -114,7 +112,6 @@ class Tokenizer:
         if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= MAX_ID:
             raise self._unsupported(f"a token id that is no integer from 0 to {MAX_ID - 1}")
         self.vocab_size = 1 + max(ids)
-
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         merge_results = list(dict.fromkeys(map("".join, merges)))  # in order, each once
         pairs = all(len(pair) == 2 and all(pair) for pair in merges)
@@ -154,8 +151,8 @@ class Tokenizer:
         """ids: joined bytes -> token ids, by rank. pattern: its matches are encoded one by one."""
         self._ids = list(ids.values())  # rank -> ids
         ranks = {joined: rank for rank, joined in enumerate(ids)}
-        self._tiktoken = tiktoken.Encoding(str(self.folder), pat_str=pattern,
-                                           mergeable_ranks=ranks, special_tokens={})
+        self._tiktoken = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks,
+                                           special_tokens={})
 
     def _read_byte_level(self, spec, vocab, merge_results):
         decoders, normalizers = steps(spec["decoder"], "decoders"), steps(spec.get("normalizer"))
@@ -249,7 +246,7 @@ class Tokenizer:
             *made, _ = self._tiktoken.encode_ordinary(piece + end)
             if len(made) > 1:
                 rank = self._tiktoken.encode_single_token(piece)
-                self._ids[rank] = tuple(chain(*(self._ids[part] for part in made)))
+                self._ids[rank] = sum((self._ids[part] for part in made), ())
 
     def _read_names(self, spec, names, settings):
         self.names = {}  # those of tokenizer_config.json go first, unless they are null
@@ -299,8 +296,7 @@ class Tokenizer:
         Added words that are not special (Qwen3's <think>, Gemma 3's runs of newlines) are found.
         at_start: False behind a special token; some SentencePiece-style tokenizers put a space only
         at the start of a text. marks: False: words that look special are just text, too.
-        Raises ValueError on a run of half a million white-space characters.
-        """
+        Raises ValueError on a run of half a million white-space characters."""
         if TOO_MANY_SPACES.search(text):
             raise ValueError("the text has 500000 white-space characters in a row: cut it")
         skipped = () if marks else self.marks.values()
@@ -316,14 +312,13 @@ class Tokenizer:
                     wants_space = {"unless spaced": True, "at start": at_start}.get(self._prefix)
                     if wants_space and not piece.startswith(" "):
                         piece = " " + piece
-                    ranks = self._tiktoken.encode_ordinary(piece)
-                    ids += chain.from_iterable(map(self._ids.__getitem__, ranks))
+                    for rank in self._tiktoken.encode_ordinary(piece):
+                        ids += self._ids[rank]
                 at_start = False
         return ids
 
     def split(self, text: str, finder: tuple, skipped: Iterable[int] = ()) -> Iterator[str | int]:
-        """Stretches of text, and between them the ids of added words, but for `skipped`. finder: a
-        pattern of the words, and their ids."""
+        """Stretches of text, and between them the ids of words. finder: their pattern, and ids."""
         (pattern, words), done = finder, 0
         for found in pattern.finditer(text):
             i = words[found[0]]
@@ -372,13 +367,13 @@ def steps(part: dict | None, key: str = "normalizers") -> list[dict]:
     """The steps of a part of a tokenizer.json, in a Sequence (of Sequences) or alone or none."""
     if part is None or part["type"] != "Sequence":
         return [] if part is None else [part]
-    return list(chain.from_iterable(steps(step, key) for step in part[key]))
+    return [inner for step in part[key] for inner in steps(step, key)]
 
 
 def one_of(words: Iterable[str]) -> re.Pattern:
-    """A pattern, one group, of any of the words, the longest that fits."""
+    """A pattern of any of the words, the longest that fits."""
     longest_first = sorted(map(re.escape, words), key=len, reverse=True)
-    return re.compile(f"({'|'.join(longest_first) or '(?!)'})")  # (?!) matches nothing
+    return re.compile("|".join(longest_first) or "(?!)")  # (?!) matches nothing
 
 
 def space_pattern(pieces: list[str]) -> str:
