@@ -54,8 +54,7 @@ def opened_thinking(tokenizer: Tokenizer) -> str:
 
 
 def render_prompt(tokenizer: Tokenizer, asked: str) -> str:
-    """The prompt as text; `asked` is the user's message. Where the template has no place for a
-    system message, that opens the user's."""
+    """The prompt as text. A system message without a place opens the user's, `asked`."""
     template = tokenizer.chat_template or PLAIN
     system = tokenizer.system
     if system is None:  # the embedded model knows none

@@ -143,8 +143,7 @@ class Tokenizer:
         self.marks = {word: i for word, i in self._added.items()
                       if word in self.special or LOOKS_SPECIAL(word)}
         self.mark_finder = one_of(self.marks), self.marks
-        # Ids that swallow the white space on that side of them.
-        self._strips_after = {token["id"] for token in added if token["rstrip"]}
+        self._strips_after = {token["id"] for token in added if token["rstrip"]}  # swallow spaces
         self._strips_before = {token["id"] for token in added if token["lstrip"]}
 
     def _set_ranks(self, ids, pattern):
