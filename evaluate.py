@@ -74,8 +74,7 @@ def summarise(rows: list[dict], samples: int = 1, verifier: str = "strict") -> d
     """The figures of a benchmark, from `samples` adjacent answers to each problem.
 
     Lengths are in tokens, the stop token included; shares are of all answers. `accuracy` (mean@n)
-    is by `verifier`, `last_number` by the paper's rule. The mean length of no answers is NaN.
-    """
+    is by `verifier`, `last_number` by the paper's rule. The mean length of no answers is NaN."""
     key = "last_number_status" if verifier == "last-number" else "status"
     verdicts = np.array([r[key] for r in rows])
     right, wrong = verdicts == "correct", verdicts == "wrong"
@@ -113,10 +112,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def aes(result: dict, reference: dict, gain: int = 5) -> float:
-    """The accuracy-efficiency score of an evaluation; NaN if the reference solves nothing.
-
-    gain: how much a gain in accuracy weighs, 5 (AES 5/5) or 3 (AES 3/5). A loss weighs 5.
-    """
+    """The AES of an evaluation; NaN if the reference solves nothing. gain: W of higher accuracy."""
     if not reference["accuracy"] or not reference["length"]:
         return math.nan
     shorter = (reference["length"] - result["length"]) / reference["length"]

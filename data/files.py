@@ -39,11 +39,8 @@ def read_json(path: Path) -> dict:
 
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     """(where, row) of JSONL or a JSON array, of either as .gz, of .parquet, of .csv with a head.
-
-    where: the file, and its line or row. Raises ValueError that names both.
-    """
-    number, opened = 0, gzip.open if path.suffix == ".gz" else open
-    place = f"{path}, line" if ".jsonl" in path.suffixes else f"{path}, row"
+    where: the file, and its line or row. Raises ValueError that names both."""
+    number, place = 0, f"{path}, line" if ".jsonl" in path.suffixes else f"{path}, row"
     try:
         if path.suffix == ".parquet":
             from pyarrow.parquet import ParquetFile
@@ -52,7 +49,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
         elif path.suffix == ".csv":
             rows = csv.DictReader(open(path, encoding="utf-8-sig", newline=""))
         else:
-            rows = json_rows(opened(path, "rb"))
+            rows = json_rows(gzip.open(path) if path.suffix == ".gz" else open(path, "rb"))
         for number, row in enumerate(rows, start=1):
             if row is not ...:
                 yield f"{place} {number}", row
@@ -74,10 +71,7 @@ def json_rows(file) -> Iterator[object]:
 
 
 def open_tensors(path: Path) -> safe_open:
-    """Open a safetensors file. Raises FileNotFoundError or ValueError that names the file.
-
-    Only the header is read; ValueError where the file's length and its header disagree.
-    """
+    """Open a safetensors file. Raises FileNotFoundError or ValueError that names the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
@@ -99,9 +93,8 @@ def write_atomically(path: Path, text: str):
 
 
 def lock(file, wait: bool = True):
-    """Lock an open file until it is closed or this process ends, be it by kill -9. Raises
-    BlockingIOError if another has it and this one should not wait, OSError if there are no locks.
-    """
+    """Lock an open file until it is closed or this process ends, be it by kill -9. Raises OSError
+    without locks, BlockingIOError if another process has it and this one should not wait."""
     if fcntl is None:
         raise OSError("the system has no file locks")
-    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from data.files import file_sha256, lock, one_line, open_tensors, read_json
+from data.tokenizer import FILES
 
 TINY = Path(__file__).resolve().parent / "tiny"
 MODELS = {  # as the paper trains base models, Qwen names without "instruct" are base models
@@ -43,14 +44,11 @@ MODELS = {  # as the paper trains base models, Qwen names without "instruct" are
 REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # owner/name
 SHARD = r"[A-Za-z0-9][\w.-]*\.safetensors"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-FILES = ["tokenizer.json", "tokenizer_config.json", "generation_config.json",
-         "special_tokens_map.json", "chat_template.jinja", "chat_template.json", WEIGHTS, INDEX]
 TIMEOUT = 30  # seconds without a byte after which a download fails
 
 
 def find_model(name_or_folder: str | Path) -> Path:
-    """The folder of a model, checked. Raises FileNotFoundError where there is no such model, and
-    ValueError where it is there but broken."""
+    """The folder of a model, checked. Raises FileNotFoundError or, for a broken one, ValueError."""
     name = str(name_or_folder)
     repo = MODELS.get(name, name)
     folder = Path(os.path.expanduser(repo))
@@ -70,18 +68,17 @@ def find_model(name_or_folder: str | Path) -> Path:
     except OSError as error:  # of the network, or of a full disk or an unwritable folder
         raise FileNotFoundError(
             f"model {name!r} is no folder, not in the Hugging Face cache ({not_cached}), not in "
-            f"{ours}, and could not be downloaded from {endpoint()}/{repo} ({one_line(error)}): "
-            "give --model its folder (is it gated? accept its licence, set HF_TOKEN)") from error
+            f"{ours}, and not to be had from {endpoint()}/{repo} ({one_line(error)}): give --model "
+            "its folder (is it gated? accept its licence, set HF_TOKEN)") from error
     return check_folder(ours)
 
 
 def check_folder(folder: Path) -> Path:
     """`folder`, if it is a whole model; else FileNotFoundError or ValueError that names a file."""
-    for name in ["config.json", "tokenizer.json"]:
-        read_json(folder / name)
+    read_json(folder / "config.json")
+    read_json(folder / "tokenizer.json")
     for name in weight_files(folder):
-        with open_tensors(folder / name):
-            pass  # the file is as long as its own header says
+        open_tensors(folder / name)  # the file is as long as its own header says
     return folder
 
 
@@ -111,7 +108,7 @@ def cached_snapshot(repo: str) -> Path:
     main, snapshots = folder / "refs" / "main", list(folder.glob("snapshots/*"))
     if len(snapshots) == 1 and not main.exists():
         return snapshots[0]
-    return folder / "snapshots" / main.read_text(encoding="utf-8").strip()
+    return folder / "snapshots" / main.read_text().strip()
 
 
 def cache_folder() -> Path:
@@ -136,9 +133,8 @@ def download_lock(path: Path) -> Iterator[None]:
 
 
 def download_model(repo: str, target: Path):
-    """Download a model into `target`, which appears whole or not at all. Before, the files gather
-    in .NAME.partial, where an interrupted download goes on. Raises OSError, or ValueError where
-    what came is no whole model."""
+    """Download a model into `target`, which appears whole or not at all. An interrupted download
+    goes on in .NAME.partial. Raises OSError, or ValueError where what came is no whole model."""
     partial = target.with_name(f".{target.name}.partial")
     with download_lock(target.with_name(f".{target.name}.lock")):
         if target.is_dir():  # another process brought it while this one waited
@@ -150,12 +146,12 @@ def download_model(repo: str, target: Path):
         headers = download(f"{source}/main/config.json", partial / "config.json")
         revision = headers.get("x-repo-commit", "main")  # all files must come from one revision
         note = partial / "revision"
-        if revision == "main" or not note.is_file() or note.read_text("utf-8") != revision:
+        if revision == "main" or not note.is_file() or note.read_text() != revision:
             for old in set(partial.iterdir()) - {partial / "config.json"}:
                 old.unlink()
-            note.write_text(revision, "utf-8")
+            note.write_text(revision)
         try:
-            for file in FILES:
+            for file in [*FILES, WEIGHTS, INDEX]:
                 with contextlib.suppress(FileNotFoundError):  # check_folder knows what is needed
                     download(f"{source}/{revision}/{file}", partial / file)
             for file in weight_files(partial):
@@ -169,8 +165,8 @@ def download_model(repo: str, target: Path):
 
 def download(url: str, path: Path, sha256: str = "") -> dict[str, str]:
     """Download a file, unless it is here. It gets its name when its length and its hash are right
-    (`sha256`, else what the hub tells, if anything). Returns the headers that came. Raises
-    FileNotFoundError where there is no such file, other OSErrors for all else."""
+    (`sha256`, else what the hub tells). Returns the headers. Raises FileNotFoundError where there
+    is no such file, other OSErrors for all else."""
     if path.is_file():
         return {}
     part = path.with_name(f"{path.name}.part")
@@ -180,8 +176,8 @@ def download(url: str, path: Path, sha256: str = "") -> dict[str, str]:
     try:
         with urllib.request.build_opener(handler).open(request, timeout=TIMEOUT) as answer:
             have = have if answer.status == 206 else 0  # else the server sends the whole file
-            size = have + (answer.length or 0)  # None where the server does not tell
-            bar = tqdm.wrapattr(answer, "read", total=size, initial=have, desc=path.name)
+            bar = tqdm.wrapattr(answer, "read", total=have + (answer.length or 0), initial=have,
+                                desc=path.name)
             with bar as body, open(part, "ab" if have else "wb") as file:
                 shutil.copyfileobj(body, file)
             if answer.length:
@@ -205,7 +201,7 @@ class HubHandler(urllib.request.BaseHandler):
     """Adds the token to requests to the endpoint, and keeps the headers of every answer."""
 
     def __init__(self):
-        self.headers: dict[str, str] = {}
+        self.headers = {}
 
     def http_request(self, request):
         token = os.environ.get("HF_TOKEN", "").strip()

@@ -11,7 +11,7 @@ import time
 import tracemalloc
 
 from data.files import one_line
-from data.tokenizer import WHITE_SPACE, Tokenizer
+from data.tokenizer import Tokenizer
 
 SYSTEM = "Reason step by step, and put your final answer within \\boxed{}."
 PLAIN = (  # the frame of a model without a template
@@ -27,8 +27,7 @@ def encode_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
 
     tokenizer.system, .instruction and .thinking say what else is in it. "" as the question makes
     the context of ppl(a): an empty user turn, without the instruction. Raises ValueError for a
-    template that fails, or that does not put the question into the prompt exactly once.
-    """
+    template that fails, or that does not put the question into the prompt once."""
     core = question.strip()  # the template sees the white space around it
     asked = question.replace(core, HOLE, 1) if core else question
     if question and tokenizer.instruction:
@@ -37,18 +36,12 @@ def encode_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
     if text.count(HOLE) != bool(core):
         raise ValueError(f"{tokenizer.folder}: its chat template puts the question "
                          f"{text.count(HOLE)} times into the prompt")
-    marks, ids = tokenizer.marks, []
-    frame = [part for part in tokenizer.mark.split(text) if part]  # marks, and text between them
-    for before, part, after in zip([None, *frame], frame, [*frame[1:], None]):
-        if part in marks:
-            ids.append(marks[part])
-            continue
-        part = part.replace(HOLE, core)
-        if marks.get(before) in tokenizer.strips_after:
-            part = part.lstrip(WHITE_SPACE)
-        if marks.get(after) in tokenizer.strips_before:
-            part = part.rstrip(WHITE_SPACE)
-        ids += tokenizer.encode(part, at_start=before is None, marks=False)
+    ids = []
+    for part in tokenizer.split(text, tokenizer.mark_finder):
+        if isinstance(part, int):
+            ids.append(part)
+        else:
+            ids += tokenizer.encode(part.replace(HOLE, core), at_start=not ids, marks=False)
     if max(ids, default=0) >= tokenizer.rows:
         raise ValueError(f"{tokenizer.folder}: token {max(ids)} of the prompt is beyond the "
                          f"{tokenizer.rows} rows of the model: its files do not belong together")
@@ -56,15 +49,13 @@ def encode_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
 
 
 def opened_thinking(tokenizer: Tokenizer) -> str:
-    """The "<think>" that every prompt ends in, with its white space; else "". A verifier needs it
-    in front of the answer."""
+    """The "<think>" that every prompt ends in, for a verifier of answers; else ""."""
     return re.search(r"(<think>\s*)?\Z", render_prompt(tokenizer, ""))[0]
 
 
 def render_prompt(tokenizer: Tokenizer, asked: str) -> str:
-    """The prompt as text; `asked` is the user's message. Where the template has no place for a
-    system message, that opens the user's."""
-    template = PLAIN if tokenizer.chat_template is None else tokenizer.chat_template
+    """The prompt as text. A system message without a place opens the user's, `asked`."""
+    template = tokenizer.chat_template or PLAIN
     system = tokenizer.system
     if system is None:  # the embedded model knows none
         system = "" if "<|question|>" in template else SYSTEM
@@ -119,8 +110,7 @@ def sandbox():
     try:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        raise ValueError("chat templates need jinja2, which is not there: pip install jinja2"
-                         ) from None
+        raise ValueError("chat templates need a package: pip install jinja2") from None
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                          extensions=["jinja2.ext.loopcontrols"])
     calculate = made.call_binop

@@ -82,9 +82,9 @@ class Hub(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(length), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
+        type(self).sent += len(body)  # before the client can have it
         self.wfile.write(body)
         self.wfile.flush()
-        type(self).sent += len(body)
 
     def log_message(self, *_):
         pass

@@ -428,7 +428,7 @@ def test_impossible_settings(runs, capsys):
     assert "--alpha-end: must be a number" in fails(capsys, "--alpha-end", "inf")
     assert "--reward er compares" in fails(capsys, "--samples", 1, "--reward", "er")
     assert "--device nonsense is not here" in fails(capsys, "--device", "nonsense")
-    assert "leaves no room for a prompt" in fails(capsys, "--max-new-tokens", 1024)
+    assert "no room for --max-new-tokens 1024" in fails(capsys, "--max-new-tokens", 1024)
     assert "--resume needs --name" in fails(capsys, "--resume")
     assert "no such run" in fails(capsys, "--resume", "--name", "nowhere")
     assert not list(runs.glob("*/metrics.jsonl"))  # all of them before anything was written
