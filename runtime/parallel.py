@@ -364,5 +364,5 @@ class Means:
             dist.all_reduce(sums)
             dist.all_reduce(counts)
             dist.all_reduce(maxima, dist.ReduceOp.MAX)
-        columns = sums.tolist(), (sums / counts).tolist(), maxima.tolist()
-        return tuple(dict(zip(self.table, column)) for column in columns)
+        columns = sums, sums / counts, maxima
+        return tuple(dict(zip(self.table, column.tolist())) for column in columns)

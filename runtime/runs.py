@@ -23,9 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from bench import memory
 from data.files import lock, open_tensors, read_json, write_atomically
-from model import GPTConfig
+from model import GPT, GPTConfig
 from runtime.parallel import Answer, Means, all_gather, from_rank_0, own_rows, processes, reshard
 from sar import perplexity
 from verify import STATUSES
@@ -112,18 +111,22 @@ class Run:
         name = f"{algorithm}-{Path(args.model).name}-{args.reward}-{time.strftime('%m%d-%H%M%S')}"
         args.name = args.name or from_rank_0(lambda: name)
         self.args, self.folder, self.step = args, RUNS / args.name, 0
-        self.checkpoint = self.stop_signal = self.stopping = None  # a path; numbers of signals
+        self.checkpoint = None  # its folder
+        self.stop_signal = self.stopping = 0  # numbers of signals
         self.unsaved, self.early, self.is_main = False, [], processes()[0] == 0
         if self.is_main:
             config = GPTConfig.from_hf(read_json(folder / "config.json"))
-            parameters = memory.counts(config)[0]
+            with torch.device("meta"):
+                parameters = sum(map(torch.numel, GPT(config).parameters()))
             warn_if_large(args, parameters, models)
             if args.device.startswith("cuda"):
-                say(memory.what_fits(args, config, ppo=models > 1))
+                from bench.memory import what_fits  # the formula, which nothing else here needs
+                say(what_fits(args, config, ppo=models > 1))
             self.prepare(algorithm, models * parameters)
-        self.step, checkpoint = from_rank_0(lambda: (self.step, str(self.checkpoint or "")))
+        found = self.checkpoint and self.checkpoint.name
+        self.step, found = from_rank_0(lambda: (self.step, found))
+        self.checkpoint = found and self.folder / found
         if not self.is_main:
-            self.checkpoint = Path(checkpoint) if checkpoint else None
             said = sys.stderr.getvalue() if isinstance(sys.stderr, io.StringIO) else ""
             path = self.folder / f"process_{processes()[0]}.log"
             sys.stdout = sys.stderr = open(path, "a", encoding="utf-8", buffering=1)
@@ -253,11 +256,13 @@ class Run:
     def look_out(self, answers: list[Answer], unfinished: float):
         """Say after five steps what would make the others useless."""
         self.early.append((unfinished, any(a.advantage.any() for a in answers)))
+        if len(self.early) != 5:
+            return
         unfinished, signals = map(sum, zip(*self.early))
-        if len(self.early) == 5 and unfinished > 0.9 * 5:
+        if unfinished > 0.9 * 5:
             say("more than 90 % of the answers of five steps are unfinished: is --max-new-tokens "
                 "too low, or the stop token another one? completions.jsonl has them")
-        if len(self.early) == 5 and not signals:
+        if not signals:
             say("no group had any signal in five steps: is --data too easy, too hard, or not what "
                 "the verifier reads? completions.jsonl has answers, references and verdicts")
 
@@ -268,13 +273,12 @@ class Run:
 
     def checkpoint_due(self) -> bool:
         """Whether to save now. A collective: a signal that one process got by now stops all."""
-        self.stopping = self.stop_signal
+        number = torch.tensor(self.stop_signal)
         if processes()[1] > 1:
-            number = torch.tensor(self.stop_signal or 0)
             dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.stopping = number.item()
-        due = self.evaluation_due() or self.step == self.args.steps
-        return bool(self.stopping) or due or self.step % self.args.save_every == 0
+        self.stopping = number.item()
+        ends = self.stopping or self.step == self.args.steps
+        return bool(ends) or self.evaluation_due() or self.step % self.args.save_every == 0
 
     def finish(self, script: str) -> dict[str, dict]:
         """Say where everything is. Returns the first and the last evaluation, by name.

@@ -150,7 +150,7 @@ def open_model(name: str, args: argparse.Namespace) -> tuple[Path, Tokenizer]:
 def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
     """The flags that both training scripts have, in the same words."""
     parser = Parser(description)
-    parser.epilog = "Several GPUs: torchrun --standalone --nproc-per-node 8 SCRIPT ..."
+    parser.epilog = "Several GPUs: torchrun --standalone --nproc-per-node 8 SCRIPT (docs/cluster.md)"
     parser.paper, parser.tiny = paper, tiny
     add, flag = parser.add_argument, parser.flag
     add("--model", type=model_name, help="a folder, a name (tiny, "
