@@ -30,8 +30,8 @@ def user_errors():
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError):
             text = out_of_memory(error)
-        if isinstance(error, OSError) and error.strerror:
-            text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        if isinstance(error, OSError) and error.filename:
+            text = f"{error.strerror}: {error.filename}"
         if dist.is_initialized():
             end_all(text, 2)
         print(f"error: {text}", file=sys.stderr)
@@ -72,6 +72,5 @@ def end_all(text: str, status: int, details: str = ""):
 
 def leave(status: int):
     """Skip interpreter shutdown, in which a thread of gloo or NCCL sometimes aborts the process."""
-    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
-        stream.flush()
+    sys.stdout.flush()  # stderr has no buffer
     os._exit(status)

@@ -10,7 +10,6 @@ import atexit
 import contextlib
 import copy
 import functools
-import io
 import itertools
 import json
 import os
@@ -66,7 +65,7 @@ def join_processes():
     slow.cancel()
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     if rank > 0:
-        sys.stdout = sys.stderr = io.StringIO()
+        sys.stdout = sys.stderr = open(os.devnull, "w")
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
 
 
@@ -253,7 +252,7 @@ def sample(model: GPT, tokenizer, problems: list[Problem], args, seed: int) -> l
     n = args.samples
     prompts = [encode_prompt(tokenizer, problem.question) for problem in problems]
     rank, world = processes()
-    different = sorted(set(map(tuple, prompts)), key=lambda prompt: (len(prompt), prompt))
+    different = sorted(sorted(set(map(tuple, prompts))), key=len)
     dealt = set(different[rank::world])
     mine = [i for i, prompt in enumerate(prompts) if tuple(prompt) in dealt]
     drawn = generate(model, [prompts[i] for i in mine], n=n, max_new_tokens=args.max_new_tokens,
@@ -345,7 +344,7 @@ class Means:
     """Sums, counts and maxima of what an update computes, over micro-batches and processes."""
 
     def __init__(self):
-        self.table: dict[str, list[float]] = {}  # name -> [sum, count, maximum]
+        self.table = {}  # name -> [sum, count, maximum]
 
     def add(self, **values: Tensor):
         """Every process must add the same names, also with tensors of no elements."""
@@ -358,11 +357,10 @@ class Means:
 
     def gather(self) -> tuple[dict, dict, dict]:
         """Sums, means and maxima by name. A collective."""
-        table = torch.tensor(list(self.table.values()), dtype=torch.float64)  # (names, 3)
-        sums, counts, maxima = table.T.contiguous()
+        table = torch.tensor([*zip(*self.table.values())], dtype=torch.float64)  # (3, names)
         if processes()[1] > 1:
-            dist.all_reduce(sums)
-            dist.all_reduce(counts)
-            dist.all_reduce(maxima, dist.ReduceOp.MAX)
+            dist.all_reduce(table[:2])
+            dist.all_reduce(table[2], dist.ReduceOp.MAX)
+        sums, counts, maxima = table
         columns = sums, sums / counts, maxima
         return tuple(dict(zip(self.table, column.tolist())) for column in columns)

@@ -3,7 +3,6 @@
     runs/NAME/   config.json   metrics.jsonl (a line a step)   completions.jsonl (a line an answer)
                  evals.jsonl   step_000100/ (a model folder, and what --resume needs)
 """
-import io
 import json
 import math
 import os
@@ -111,7 +110,6 @@ class Run:
         name = f"{algorithm}-{Path(args.model).name}-{args.reward}-{time.strftime('%m%d-%H%M%S')}"
         args.name = args.name or from_rank_0(lambda: name)
         self.args, self.folder, self.step = args, RUNS / args.name, 0
-        self.checkpoint = None  # its folder
         self.stop_signal = self.stopping = 0  # numbers of signals
         self.unsaved, self.early, self.is_main = False, [], processes()[0] == 0
         if self.is_main:
@@ -123,14 +121,11 @@ class Run:
                 from bench.memory import what_fits  # the formula, which nothing else here needs
                 say(what_fits(args, config, ppo=models > 1))
             self.prepare(algorithm, models * parameters)
-        found = self.checkpoint and self.checkpoint.name
-        self.step, found = from_rank_0(lambda: (self.step, found))
-        self.checkpoint = found and self.folder / found
+        self.step = from_rank_0(lambda: self.step)
+        self.checkpoint = self.folder / f"step_{self.step:06d}" if self.step else None
         if not self.is_main:
-            said = sys.stderr.getvalue() if isinstance(sys.stderr, io.StringIO) else ""
             path = self.folder / f"process_{processes()[0]}.log"
             sys.stdout = sys.stderr = open(path, "a", encoding="utf-8", buffering=1)
-            sys.stderr.write(said)
         signal.signal(signal.SIGINT, self.on_signal)
         signal.signal(signal.SIGTERM, self.on_signal)
 
@@ -143,10 +138,6 @@ class Run:
         if self.args.resume:
             self.rewind()
             before = read_json(path)
-            for what, now in here["versions"].items():
-                if (was := before["versions"].get(what)) != now:
-                    say(f"the run began with {what} {was} and goes on with {now}: the last bits of "
-                        "its sums may differ")
             resumes = [*before.get("resumes", []), {"step": self.step, **here}]
             config = before | {"settings": config["settings"], "resumes": resumes}
         elif path.exists():
@@ -154,12 +145,12 @@ class Run:
                              "choose another --name")
         free = shutil.disk_usage(self.folder).free
         size = parameters * 3 * 4  # float32 weights and AdamW's two moments
-        if free < (size if self.checkpoint else 2 * size):
+        if free < (size if self.step else 2 * size):
             raise ValueError(f"{self.folder} has {free / 1e9:.2f} GB free, but a checkpoint takes "
                              f"{size / 1e9:.2f} GB, and for a while there are two: free some, or "
                              "set SA_RUNS to a folder on a larger disk")
         write_atomically(path, json.dumps(config, indent=2))
-        self.logs = {name: open(self.folder / name, "ab") for name in LOGS}
+        self.logs = {name: open(self.folder / name, "ab", buffering=0) for name in LOGS}
 
     def hold(self):
         """Keep other jobs out until this process ends, be it by kill -9, or has another run."""
@@ -176,10 +167,9 @@ class Run:
 
     def rewind(self):
         """Take up the newest checkpoint, if there is one, and drop what was logged after it."""
-        self.checkpoint = self.newest_checkpoint()
-        state = {"step": 0, "log_bytes": dict.fromkeys(LOGS, 0)}
-        if self.checkpoint:
-            state = read_json(self.checkpoint / "state.json")
+        newest, state = self.newest_checkpoint(), {"step": 0, "log_bytes": dict.fromkeys(LOGS, 0)}
+        if newest:
+            state = read_json(newest / "state.json")
         elif list(self.folder.glob("step_*[0-9]")):
             raise ValueError(f"{self.folder} has checkpoints, but none that can be resumed "
                              "(optimizer.safetensors and state.json)")
@@ -199,8 +189,8 @@ class Run:
                 say(f"{path} has {found} bytes, {size} after step {self.step}: cut, or begun anew")
 
     def on_signal(self, number, frame):
-        evaluating = not self.unsaved and not self.stopping  # of the process that saves
-        if self.stop_signal or evaluating:  # the second time, or nothing to lose
+        nothing_to_lose = not (self.unsaved or self.stopping)  # in an evaluation
+        if self.stop_signal or nothing_to_lose:
             say("stopped, --resume goes on")
             raise SystemExit(128 + number)
         self.stop_signal = number
@@ -208,8 +198,8 @@ class Run:
 
     def steps(self, title: str) -> Iterator[int]:
         """The steps that are left, with a bar; ends after the step in which a signal came."""
-        first, total = self.step, self.args.steps
-        self.bar = tqdm(range(first, total), initial=first, total=total, desc=title)
+        left = range(self.step, self.args.steps)
+        self.bar = tqdm(left, title, total=left.stop, initial=left.start)
         for step in self.bar:
             self.unsaved, self.seconds, self.lap_start = True, {}, time.perf_counter()
             yield step
@@ -228,9 +218,8 @@ class Run:
         if torch.isfinite(value):
             return
         rank, step = processes()[0], self.step + 1
-        path = self.folder / f"bad_batch_step_{step:06d}{f'_process_{rank}' if rank else ''}.json"
-        rows = [plain(record(a, step)) for a in batch]
-        write_atomically(path, json.dumps(rows, ensure_ascii=False))
+        path = self.folder / f"bad_batch_step_{step:06d}_process_{rank}.json"
+        write_atomically(path, json.dumps([plain(record(a, step)) for a in batch]))
         raise ValueError(f"the {what} of step {step} is not finite; this update was not made, the "
                          f"batch is in {path}, and {self.newest_checkpoint() or 'no checkpoint'} "
                          "is the newest: try a lower --lr")
@@ -238,7 +227,6 @@ class Run:
     def log(self, name: str, row: dict):
         if self.is_main:
             self.logs[name].write(f"{json.dumps(plain(row), ensure_ascii=False)}\n".encode())
-            self.logs[name].flush()
 
     def log_step(self, answers: list[Answer], means: Means, **own):
         """Log the metrics of both scripts, those of one (`own`), and the answers. A collective."""
@@ -249,9 +237,8 @@ class Run:
         for answer in answers:
             self.log("completions.jsonl", record(answer, self.step))
         self.look_out(answers, metrics["unfinished"])
-        rate = metrics["tokens"] / sum(self.seconds.values())
-        self.bar.set_postfix(reward=f"{metrics['reward']:.3f}", acc=f"{metrics['accuracy']:.2f}",
-                             len=f"{metrics['length_mean']:.0f}", tok_s=f"{rate:.0f}")
+        self.bar.set_postfix_str("reward {reward:.3f}, accuracy {accuracy:.2f}, length "
+                                 "{length_mean:.0f}".format_map(metrics))
 
     def look_out(self, answers: list[Answer], unfinished: float):
         """Say after five steps what would make the others useless."""
@@ -319,14 +306,14 @@ class Run:
         if not self.is_main:
             return
         sizes = {name: (self.folder / name).stat().st_size for name in LOGS}
-        state = {"step": self.step, "log_bytes": sizes}
-        write_atomically(scratch / "state.json", json.dumps(state))
+        write_atomically(scratch / "state.json",
+                         json.dumps({"step": self.step, "log_bytes": sizes}))
         if hasattr(os, "sync"):  # the checkpoint and the logs are on the disk before it has a name
             os.sync()
         shutil.rmtree(place, ignore_errors=True)  # one without optimizer state
         scratch.rename(place)
-        for older in self.folder.glob("step_*/*.safetensors"):
-            if older.parent != place and older.stem in ("optimizer", "critic", "critic_optimizer"):
+        for older in self.folder.glob("step_*/[!m]*.safetensors"):  # all but the model's
+            if older.parent != place:
                 older.unlink()
         self.unsaved = False
 
@@ -361,12 +348,12 @@ def warn_if_large(args, parameters: int, models: int):
 
 def save_tensors(tensors: dict[str, Tensor], path: Path):
     """Write {name: tensor}; rank 0 gathers them. (torch.distributed.checkpoint writes a pickle.)"""
-    whole = {}
+    whole, rank = {}, processes()[0]
     for name, tensor in tensors.items():
         tensor = all_gather(tensor)
-        if processes()[0] == 0:
+        if rank == 0:
             whole[name] = tensor.cpu().contiguous()
-    if processes()[0] == 0:
+    if rank == 0:
         save_file(whole, path)
 
 
@@ -374,7 +361,7 @@ def adam_state(model, optimizer) -> dict[str, Tensor]:
     """AdamW's state by name, e.g. norm.exp_avg; empty before the first step."""
     tensors = {}
     for name, p in model.named_parameters():
-        for key, value in optimizer.state.get(p, {}).items():
+        for key, value in optimizer.state[p].items():
             tensors[f"{name}.{key}"] = value
     return tensors
 
@@ -391,9 +378,9 @@ def load_optimizer(path: Path, model, optimizer):
     for name in open_tensors(path).keys():
         parameter, key = name.rsplit(".", 1)
         p = model.get_parameter(parameter)
-        step = torch.zeros((), device=p.device)
-        optimizer.state[p][key] = torch.zeros_like(p) if key.startswith("exp_avg") else step
-        load_into(path, name, optimizer.state[p][key])
+        like = torch.zeros((), device=p.device) if key == "step" else p
+        state = optimizer.state[p][key] = torch.zeros_like(like)
+        load_into(path, name, state)
 
 
 def load_into(path: Path, name: str, place: Tensor):

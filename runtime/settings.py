@@ -86,10 +86,12 @@ def data_names(text: str) -> str:
 
 def verifier_name(text: str) -> str:
     """One of VERIFIERS, or a Python file."""
+    if text in VERIFIERS:
+        return text
     path = absolute(text, Path.is_file)
-    if text not in VERIFIERS and not (os.path.isfile(path) and path.endswith(".py")):
+    if not path.endswith(".py") or not os.path.isfile(path):
         raise argparse.ArgumentTypeError(f"must be {' or '.join(VERIFIERS)} or a file my_task.py")
-    return text if text in VERIFIERS else path
+    return path
 
 
 def judge_of(verifier: str):
@@ -150,7 +152,7 @@ def open_model(name: str, args: argparse.Namespace) -> tuple[Path, Tokenizer]:
 def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
     """The flags that both training scripts have, in the same words."""
     parser = Parser(description)
-    parser.epilog = "Several GPUs: torchrun --standalone --nproc-per-node 8 SCRIPT (docs/cluster.md)"
+    parser.epilog = "On 8 GPUs: torchrun --standalone --nproc-per-node 8 SCRIPT (docs/cluster.md)"
     parser.paper, parser.tiny = paper, tiny
     add, flag = parser.add_argument, parser.flag
     add("--model", type=model_name, help="a folder, a name (tiny, "
