@@ -27,9 +27,7 @@ def user_errors():
     except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         if os.environ.get("SA_TRACEBACK"):
             raise
-        text = str(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            text = out_of_memory(error)
+        text = out_of_memory(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
         if isinstance(error, OSError) and error.filename:
             text = f"{error.strerror}: {error.filename}"
         if dist.is_initialized():
@@ -52,9 +50,8 @@ def out_of_memory(error) -> str:
 
 
 def end_all(text: str, status: int, details: str = ""):
-    """End this process. The first that fails leaves its message in the store, for the others: their
-    collectives then fail too, and rank 0 shows that message instead of its own. torchrun stops
-    those that still run."""
+    """End this process. The first that fails leaves its message in the store: the collectives of
+    the others then fail too, and rank 0 shows that message. torchrun stops those that still run."""
     rank, _ = parallel.processes()
     own = f"process {rank}: {text}"
     try:

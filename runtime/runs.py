@@ -102,8 +102,7 @@ class Run:
     """One training run and its folder. Rank 0 alone writes, but for the other processes' logs.
 
     A checkpoint is whole or not there: it is written beside its place and renamed. It also holds
-    the lengths of the logs, so that a resumed run drops what was logged after it and writes the
-    same lines again. `step` is the number of steps done.
+    the lengths of the logs: a resumed run drops what was logged after it. `step`: steps done.
     """
 
     def __init__(self, args, algorithm: str, folder: Path, models: int = 1):
@@ -141,16 +140,14 @@ class Run:
             resumes = [*before.get("resumes", []), {"step": self.step, **here}]
             config = before | {"settings": config["settings"], "resumes": resumes}
         elif path.exists():
-            raise ValueError(f"{self.folder} already holds a run: go on with it by --resume, or "
-                             "choose another --name")
-        free = shutil.disk_usage(self.folder).free
-        size = parameters * 3 * 4  # float32 weights and AdamW's two moments
+            raise ValueError(f"{self.folder} already holds a run: --resume, or another --name")
+        free = shutil.disk_usage(self.folder).free / 1e9  # GB
+        size = parameters * 3 * 4 / 1e9  # float32 weights and AdamW's two moments
         if free < (size if self.step else 2 * size):
-            raise ValueError(f"{self.folder} has {free / 1e9:.2f} GB free, but a checkpoint takes "
-                             f"{size / 1e9:.2f} GB, and for a while there are two: free some, or "
-                             "set SA_RUNS to a folder on a larger disk")
+            raise ValueError(f"{self.folder} has {free:.2f} GB free, but a checkpoint takes "
+                             f"{size:.2f} GB, and for a while there are two: set SA_RUNS")
         write_atomically(path, json.dumps(config, indent=2))
-        self.logs = {name: open(self.folder / name, "ab", buffering=0) for name in LOGS}
+        self.logs = {name: open(self.folder / name, "ab") for name in LOGS}
 
     def hold(self):
         """Keep other jobs out until this process ends, be it by kill -9, or has another run."""
@@ -167,12 +164,12 @@ class Run:
 
     def rewind(self):
         """Take up the newest checkpoint, if there is one, and drop what was logged after it."""
-        newest, state = self.newest_checkpoint(), {"step": 0, "log_bytes": dict.fromkeys(LOGS, 0)}
-        if newest:
-            state = read_json(newest / "state.json")
+        found = sorted(self.folder.glob("step_*[0-9]/optimizer.safetensors"))
+        state = {"step": 0, "log_bytes": dict.fromkeys(LOGS, 0)}
+        if found:
+            state = read_json(found[-1].with_name("state.json"))
         elif list(self.folder.glob("step_*[0-9]")):
-            raise ValueError(f"{self.folder} has checkpoints, but none that can be resumed "
-                             "(optimizer.safetensors and state.json)")
+            raise ValueError(f"{self.folder} has checkpoints, but none that can be resumed")
         else:
             say(f"{self.folder} has no checkpoint yet: starting at the first step")
         self.step = state["step"]
@@ -221,12 +218,12 @@ class Run:
         path = self.folder / f"bad_batch_step_{step:06d}_process_{rank}.json"
         write_atomically(path, json.dumps([plain(record(a, step)) for a in batch]))
         raise ValueError(f"the {what} of step {step} is not finite; this update was not made, the "
-                         f"batch is in {path}, and {self.newest_checkpoint() or 'no checkpoint'} "
-                         "is the newest: try a lower --lr")
+                         f"batch is in {path}: try a lower --lr")
 
     def log(self, name: str, row: dict):
         if self.is_main:
             self.logs[name].write(f"{json.dumps(plain(row), ensure_ascii=False)}\n".encode())
+            self.logs[name].flush()
 
     def log_step(self, answers: list[Answer], means: Means, **own):
         """Log the metrics of both scripts, those of one (`own`), and the answers. A collective."""
@@ -268,23 +265,19 @@ class Run:
         return bool(ends) or self.evaluation_due() or self.step % self.args.save_every == 0
 
     def finish(self, script: str) -> dict[str, dict]:
-        """Say where everything is. Returns the first and the last evaluation, by name.
+        """Say where everything is, and return the first and the last evaluation, by name.
         After a signal: say how to go on, and exit with the status that shells expect."""
-        newest = self.newest_checkpoint()
+        saved = f"step_{self.step:06d}"
         if self.stopping:
-            say(f"stopped and saved {newest.name}; go on with: python {script} --name "
-                f"{self.args.name} --resume")
+            say(f"stopped and saved {saved}; go on with: python {script} --name {self.args.name} "
+                "--resume")
             sys.exit(128 + self.stopping)
         if not self.is_main:
             return {}
-        print(f"{self.folder}: {newest.name}, metrics.jsonl, completions.jsonl")
+        print(f"{self.folder}: {saved}, metrics.jsonl, completions.jsonl")
         lines = (self.folder / "evals.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines[:1] + lines[-1:]]
         return {f"step {row['step']}" if row["step"] else "base": row for row in rows}
-
-    def newest_checkpoint(self) -> Path | None:
-        found = sorted(self.folder.glob("step_*[0-9]/optimizer.safetensors"))
-        return found[-1].parent if found else None
 
     def save(self, tokenizer, policy, optimizer, critic=None, critic_optimizer=None):
         """Write step_XXXXXX/: a model folder, and what --resume needs; only the newest keeps that.
@@ -339,8 +332,7 @@ def warn_if_large(args, parameters: int, models: int):
     # float32: weights, gradients and two moments of each; the frozen start where a KL is asked for
     memory = parameters * 4 * (4 * models + (args.kl_coef > 0)) / 1e9
     say(f"{parameters / 1e9:.2f}B parameters on a CPU: about {memory:.0f} GB of memory besides "
-        f"activations, and for a step of up to {tokens:,} tokens about {minutes:,.0f} minutes at "
-        "200 GFLOP/s; --prompts-per-step, --samples and --max-new-tokens make it shorter")
+        f"activations; at 200 GFLOP/s a step of {tokens:,} tokens takes {minutes:,.0f} minutes")
 
 
 # ---- checkpoints: whole tensors under their names, for any number of processes ----

@@ -95,11 +95,9 @@ def verifier_name(text: str) -> str:
 
 
 def judge_of(verifier: str):
-    """The function (response, reference) -> Verdict: verify.py's rules, or a file's own judge.
-
-    That one may return a number, the reward. An exception in it has the status "error"; the first
-    one is shown. Raises ValueError if the file has no judge.
-    """
+    """The function (response, reference) -> Verdict: verify.py's rules, or a file's own judge. That
+    may return a number, the reward. Its exceptions have the status "error"; the first is shown.
+    Raises ValueError if the file has no judge."""
     if verifier in VERIFIERS:
         return functools.partial(judge, verifier=verifier)
     try:
@@ -163,15 +161,11 @@ def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
     prompt_flags(parser)
     flag("--max-prompt-tokens", positive_int, "longer prompts are skipped and counted; tokens")
     flag("--max-new-tokens", positive_int, "longest answer, stop token included; tokens")
-    flag("--reward", str, "sar: R_VR + alpha R_SA; vr: R_VR, the plain algorithm; the others: "
-         "docs/usage.md", choices=REWARDS)
-    add("--alpha", type=finite, help="weight of what is added to R_VR (default: sar.REWARDS; for "
-        "sar 0.2, swept from 0.1 to 0.3 in the paper)")
-    add("--alpha-end", type=finite, help="weight at the last step, reached in a straight line "
-        "(default: --alpha; cde: 0)")
+    flag("--reward", str, "the formulas are in docs/usage.md; vr: plain R_VR", choices=REWARDS)
+    add("--alpha", type=finite, help="weight of what is added to R_VR (default: sar.REWARDS)")
+    add("--alpha-end", type=finite, help="the same at the last step (default: --alpha; cde: 0)")
     flag("--score-with", str, "whose perplexities are rewarded", choices=("policy", "frozen"))
-    flag("--verifier", verifier_name, "what is right: strict; last-number, the paper's rule; "
-         "my_task.py with your judge(response, reference)")
+    flag("--verifier", verifier_name, "strict; last-number, the paper's rule; or a my_task.py")
     flag("--steps", positive_int, "batches of sampled answers to train on")
     flag("--prompts-per-step", positive_int, "questions in such a batch")
     flag("--samples", positive_int, "answers sampled for each question")
@@ -188,13 +182,11 @@ def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
     add("--micro-tokens", type=positive_int, help="tokens in one forward and backward, padding "
         "included; changes memory alone (default: 8192; large models on a CPU: 512)")
     switch = argparse.BooleanOptionalAction
-    add("--recompute", action=switch, help="keep one activation a layer, compute the others again: "
-        "less memory, a third more work in the update")
+    add("--recompute", action=switch, help="activations in the backward: less memory, slower")
     add("--offload", action=switch, help="float32 weights, AdamW and the start in host memory")
     add("--slots", type=positive_int, help="answers decoded at once (default: what memory holds)")
     add("--device", help="(default: a GPU if there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the matmuls (default: bfloat16 on a "
-        "GPU from Ampere on, else float32)")
+    add("--dtype", choices=("float32", "bfloat16"), help="(default: bfloat16 on GPUs since Ampere)")
     return parser
 
 
