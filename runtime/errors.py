@@ -28,7 +28,7 @@ def user_errors():
         if os.environ.get("SA_TRACEBACK"):
             raise
         text = out_of_memory(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
-        if isinstance(error, OSError) and error.filename:
+        if isinstance(error, OSError) and error.strerror and error.filename:
             text = f"{error.strerror}: {error.filename}"
         if dist.is_initialized():
             end_all(text, 2)
@@ -69,5 +69,5 @@ def end_all(text: str, status: int, details: str = ""):
 
 def leave(status: int):
     """Skip interpreter shutdown, in which a thread of gloo or NCCL sometimes aborts the process."""
-    sys.stdout.flush()  # stderr has no buffer
+    sys.stdout.flush()  # stderr is flushed at every line
     os._exit(status)
