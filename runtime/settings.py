@@ -186,7 +186,7 @@ def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
     add("--offload", action=switch, help="float32 weights, AdamW and the start in host memory")
     add("--slots", type=positive_int, help="answers decoded at once (default: what memory holds)")
     add("--device", help="(default: a GPU if there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of matmuls (default: by the device)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of matmuls (bfloat16 from Ampere on)")
     return parser
 
 
