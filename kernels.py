@@ -76,10 +76,8 @@ def pack(weight: Tensor) -> Tensor | None:
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., k) float32 times a weight (m, k) that `pack` returned -> (..., m).
-
-    A single row would take another path and round differently, so it is doubled.
-    """
+    """x (..., k) float32 times a weight (m, k) that `pack` returned -> (..., m). A single row would
+    take another path and round differently, so it is doubled."""
     rows = x.reshape(-1, x.shape[-1])
     two = rows if len(rows) > 1 else rows.repeat(2, 1)
     out = _linear(two, packed, bias, "none", [], "")
@@ -87,11 +85,9 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def takes_groups(q: Tensor) -> bool:
-    """Whether attention without a mask may get fewer key heads than query heads.
-
-    On a GPU only flash attention takes them: half precision, compute capability 8.0 and up. Without
-    it PyTorch falls back to its MATH path, which holds all scores.
-    """
+    """Whether attention without a mask may get fewer key heads than query heads. On a GPU only
+    flash attention takes them: half precision, compute capability 8.0 and up. Without it PyTorch
+    falls back to its MATH path, which holds all scores."""
     return not q.is_cuda or (q.itemsize == 2 and fast_bfloat16(q.device))
 
 

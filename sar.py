@@ -235,8 +235,7 @@ def score_answers(model, contexts: list[list[int]], answers: list[list[int]], he
     a (len(a),) tensor each. With world > 1 the answers of other ranks get empty tensors.
 
     Forwards run over micro-batches of at most micro_tokens tokens. Their answer positions wait
-    until there are enough for the head, so that short answers do not make for small matmuls.
-    """
+    until there are enough for the head, so that short answers do not make for small matmuls."""
     scores = [torch.empty(0)] * len(answers)
     lengths = [len(c) + len(a) for c, a in zip(contexts, answers)]
     batches = micro_batches(lengths, micro_tokens, rank, world)

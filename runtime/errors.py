@@ -27,11 +27,9 @@ def user_errors():
     except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         if os.environ.get("SA_TRACEBACK"):
             raise
-        text = str(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            text = out_of_memory(error)
-        if isinstance(error, OSError) and error.strerror:
-            text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        text = out_of_memory(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            text = f"{error.strerror}: {error.filename}"
         if dist.is_initialized():
             end_all(text, 2)
         print(f"error: {text}", file=sys.stderr)
@@ -52,9 +50,8 @@ def out_of_memory(error) -> str:
 
 
 def end_all(text: str, status: int, details: str = ""):
-    """End this process. The first that fails leaves its message in the store, for the others: their
-    collectives then fail too, and rank 0 shows that message instead of its own. torchrun stops
-    those that still run."""
+    """End this process. The first that fails leaves its message in the store: the collectives of
+    the others then fail too, and rank 0 shows that message. torchrun stops those that still run."""
     rank, _ = parallel.processes()
     own = f"process {rank}: {text}"
     try:
@@ -72,6 +69,5 @@ def end_all(text: str, status: int, details: str = ""):
 
 def leave(status: int):
     """Skip interpreter shutdown, in which a thread of gloo or NCCL sometimes aborts the process."""
-    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
-        stream.flush()
+    sys.stdout.flush()  # stderr is flushed at every line
     os._exit(status)

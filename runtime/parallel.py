@@ -1,16 +1,14 @@
 """One process or many: the same program.
 
-Under torchrun the weights, gradients and optimizer states are sharded over the processes (FSDP2's
-fully_shard). Each process holds a whole copy of the weights for sampling. Everything that is
-sampled or scored is all-gathered, so that what follows (rewards, advantages, micro-batches) is
-computed by every process and is the same in all. Every process makes the same collectives in the
-same order, because no branch around one depends on data that only one process has.
+Under torchrun weights, gradients and optimizer states are sharded over the processes (FSDP2), and
+each holds a whole copy of the weights for sampling. All that is sampled or scored is all-gathered:
+every process computes what follows (rewards, advantages, micro-batches), the same in all. All make
+the same collectives in the same order: no branch around one depends on data of one process only.
 """
 import atexit
 import contextlib
 import copy
 import functools
-import io
 import itertools
 import json
 import os
@@ -66,7 +64,7 @@ def join_processes():
     slow.cancel()
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     if rank > 0:
-        sys.stdout = sys.stderr = io.StringIO()
+        sys.stdout = sys.stderr = open(os.devnull, "w")
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
 
 
@@ -105,12 +103,10 @@ def from_rank_0(find):
 
 
 def sharding(args):
-    """The `shard` of GPT.from_pretrained: None for one process, else FSDP2 by rows.
-
-    A block's weights are gathered when its turn comes and freed after it. The root's stay whole
-    until the backward ends, since the loss takes `policy.unembedding`. With --dtype bfloat16 the
-    gathered copies are bfloat16, gradients are summed in float32 and the shards stay float32.
-    """
+    """The `shard` of GPT.from_pretrained: None for one process, else FSDP2 by rows. A block's
+    weights are gathered when its turn comes and freed after it. The root's stay whole until the
+    backward ends, since the loss takes `policy.unembedding`. With --dtype bfloat16 the gathered
+    copies are bfloat16; the shards and the sums of gradients stay float32."""
     if processes()[1] == 1:
         return None
     mesh = init_device_mesh(args.device.split(":")[0], (processes()[1],))
@@ -151,9 +147,8 @@ def reshard(model):
 
 
 def working_copy(masters, args):
-    """The model that is trained: the float32 masters themselves, in float32 or sharded. Else a copy
-    that optimizer_step keeps current, on the device: bfloat16 matrices, float32 norms, biases and
-    gradients. The same copy samples and scores."""
+    """The model that is trained: the float32 masters themselves, in float32 or sharded; else a copy
+    on the device, kept current: bfloat16 matrices, float32 norms, biases and gradients."""
     for block in getattr(masters, "body", masters).blocks:  # a critic has a body
         block.recompute = args.recompute
     if args.dtype == "float32" or isinstance(masters, FSDPModule):
@@ -247,18 +242,16 @@ def note(answers: list[Answer], **columns):
 
 def sample(model: GPT, tokenizer, problems: list[Problem], args, seed: int) -> list[Answer]:
     """--samples answers to each problem, adjacent, by all processes together; all get all of them.
-
-    The different prompts are dealt to the processes round robin, sorted by length.
-    """
+    The different prompts, sorted by length, are dealt to the processes round robin."""
     n = args.samples
     prompts = [encode_prompt(tokenizer, problem.question) for problem in problems]
     rank, world = processes()
-    different = sorted(set(map(tuple, prompts)), key=lambda prompt: (len(prompt), prompt))
+    different = sorted(sorted(set(map(tuple, prompts))), key=len)
     dealt = set(different[rank::world])
     mine = [i for i, prompt in enumerate(prompts) if tuple(prompt) in dealt]
-    drawn = generate(model, [prompts[i] for i in mine], n=n, max_new_tokens=args.max_new_tokens,
-                     stop=tokenizer.stop_ids, temperature=args.temperature, seed=seed,
-                     slots=args.slots)
+    drawn = generate(model, [prompts[i] for i in mine], n=n, seed=seed, slots=args.slots,
+                     max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                     stop=tokenizer.stop_ids)
     # Tokens and log-probs, with the length and `finished` behind them. float64 holds them exactly,
     # and adding the other processes' zeros changes nothing.
     table = torch.zeros(len(prompts), n, 2, args.max_new_tokens + 1, dtype=torch.float64)
@@ -278,13 +271,9 @@ def sample(model: GPT, tokenizer, problems: list[Problem], args, seed: int) -> l
     return answers
 
 
-def score(model, contexts: list[list[int]], tokens: list[list[int]], args, head=None
-          ) -> list[Tensor]:
-    """The log-probs (len(t),) of each list of tokens after its context, by all processes together.
-
-    They are at --temperature, as the sampler's. With a `head`: what it makes of the hidden states
-    (sar.score_answers). No gradient.
-    """
+def score(model, contexts: list[list], tokens: list[list], args, head=None) -> list[Tensor]:
+    """The log-probs (len(t),) of each list of tokens after its context, by all processes together,
+    at --temperature, without gradient; with a `head` what it returns (sar.score_answers)."""
     rank, world = processes()
     head = head or sar.logprob_head(model, args.temperature)
     home = next(model.parameters()).device
@@ -345,7 +334,7 @@ class Means:
     """Sums, counts and maxima of what an update computes, over micro-batches and processes."""
 
     def __init__(self):
-        self.table: dict[str, list[float]] = {}  # name -> [sum, count, maximum]
+        self.table = {}  # name -> [sum, count, maximum]
 
     def add(self, **values: Tensor):
         """Every process must add the same names, also with tensors of no elements."""
@@ -358,11 +347,10 @@ class Means:
 
     def gather(self) -> tuple[dict, dict, dict]:
         """Sums, means and maxima by name. A collective."""
-        table = torch.tensor(list(self.table.values()), dtype=torch.float64)  # (names, 3)
-        sums, counts, maxima = table.T.contiguous()
+        table = torch.tensor([*zip(*self.table.values())], dtype=torch.float64)  # (3, names)
         if processes()[1] > 1:
-            dist.all_reduce(sums)
-            dist.all_reduce(counts)
-            dist.all_reduce(maxima, dist.ReduceOp.MAX)
-        columns = sums.tolist(), (sums / counts).tolist(), maxima.tolist()
-        return tuple(dict(zip(self.table, column)) for column in columns)
+            dist.all_reduce(table[:2])
+            dist.all_reduce(table[2], dist.ReduceOp.MAX)
+        sums, counts, maxima = table
+        columns = sums, sums / counts, maxima
+        return tuple(dict(zip(self.table, column.tolist())) for column in columns)

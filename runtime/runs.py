@@ -3,7 +3,6 @@
     runs/NAME/   config.json   metrics.jsonl (a line a step)   completions.jsonl (a line an answer)
                  evals.jsonl   step_000100/ (a model folder, and what --resume needs)
 """
-import io
 import json
 import math
 import os
@@ -23,9 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from bench import memory
 from data.files import lock, open_tensors, read_json, write_atomically
-from model import GPTConfig
+from model import GPT, GPTConfig
 from runtime.parallel import Answer, Means, all_gather, from_rank_0, own_rows, processes, reshard
 from sar import perplexity
 from verify import STATUSES
@@ -104,30 +102,29 @@ class Run:
     """One training run and its folder. Rank 0 alone writes, but for the other processes' logs.
 
     A checkpoint is whole or not there: it is written beside its place and renamed. It also holds
-    the lengths of the logs, so that a resumed run drops what was logged after it and writes the
-    same lines again. `step` is the number of steps done.
+    the lengths of the logs: a resumed run drops what was logged after it. `step`: steps done.
     """
 
     def __init__(self, args, algorithm: str, folder: Path, models: int = 1):
         name = f"{algorithm}-{Path(args.model).name}-{args.reward}-{time.strftime('%m%d-%H%M%S')}"
         args.name = args.name or from_rank_0(lambda: name)
         self.args, self.folder, self.step = args, RUNS / args.name, 0
-        self.checkpoint = self.stop_signal = self.stopping = None  # a path; numbers of signals
+        self.stop_signal = self.stopping = 0  # numbers of signals
         self.unsaved, self.early, self.is_main = False, [], processes()[0] == 0
         if self.is_main:
             config = GPTConfig.from_hf(read_json(folder / "config.json"))
-            parameters = memory.counts(config)[0]
+            with torch.device("meta"):
+                parameters = sum(map(torch.numel, GPT(config).parameters()))
             warn_if_large(args, parameters, models)
             if args.device.startswith("cuda"):
-                say(memory.what_fits(args, config, ppo=models > 1))
+                from bench.memory import what_fits  # the formula, which nothing else here needs
+                say(what_fits(args, config, ppo=models > 1))
             self.prepare(algorithm, models * parameters)
-        self.step, checkpoint = from_rank_0(lambda: (self.step, str(self.checkpoint or "")))
+        self.step = from_rank_0(lambda: self.step)
+        self.checkpoint = self.folder / f"step_{self.step:06d}" if self.step else None
         if not self.is_main:
-            self.checkpoint = Path(checkpoint) if checkpoint else None
-            said = sys.stderr.getvalue() if isinstance(sys.stderr, io.StringIO) else ""
             path = self.folder / f"process_{processes()[0]}.log"
             sys.stdout = sys.stderr = open(path, "a", encoding="utf-8", buffering=1)
-            sys.stderr.write(said)
         signal.signal(signal.SIGINT, self.on_signal)
         signal.signal(signal.SIGTERM, self.on_signal)
 
@@ -140,21 +137,15 @@ class Run:
         if self.args.resume:
             self.rewind()
             before = read_json(path)
-            for what, now in here["versions"].items():
-                if (was := before["versions"].get(what)) != now:
-                    say(f"the run began with {what} {was} and goes on with {now}: the last bits of "
-                        "its sums may differ")
             resumes = [*before.get("resumes", []), {"step": self.step, **here}]
             config = before | {"settings": config["settings"], "resumes": resumes}
         elif path.exists():
-            raise ValueError(f"{self.folder} already holds a run: go on with it by --resume, or "
-                             "choose another --name")
-        free = shutil.disk_usage(self.folder).free
-        size = parameters * 3 * 4  # float32 weights and AdamW's two moments
-        if free < (size if self.checkpoint else 2 * size):
-            raise ValueError(f"{self.folder} has {free / 1e9:.2f} GB free, but a checkpoint takes "
-                             f"{size / 1e9:.2f} GB, and for a while there are two: free some, or "
-                             "set SA_RUNS to a folder on a larger disk")
+            raise ValueError(f"{self.folder} already holds a run: --resume, or another --name")
+        free = shutil.disk_usage(self.folder).free / 1e9  # GB
+        size = parameters * 3 * 4 / 1e9  # float32 weights and AdamW's two moments
+        if free < (size if self.step else 2 * size):
+            raise ValueError(f"{self.folder} has {free:.2f} GB free, but a checkpoint takes "
+                             f"{size:.2f} GB, and for a while there are two: set SA_RUNS")
         write_atomically(path, json.dumps(config, indent=2))
         self.logs = {name: open(self.folder / name, "ab") for name in LOGS}
 
@@ -173,13 +164,12 @@ class Run:
 
     def rewind(self):
         """Take up the newest checkpoint, if there is one, and drop what was logged after it."""
-        self.checkpoint = self.newest_checkpoint()
+        found = sorted(self.folder.glob("step_*[0-9]/optimizer.safetensors"))
         state = {"step": 0, "log_bytes": dict.fromkeys(LOGS, 0)}
-        if self.checkpoint:
-            state = read_json(self.checkpoint / "state.json")
+        if found:
+            state = read_json(found[-1].with_name("state.json"))
         elif list(self.folder.glob("step_*[0-9]")):
-            raise ValueError(f"{self.folder} has checkpoints, but none that can be resumed "
-                             "(optimizer.safetensors and state.json)")
+            raise ValueError(f"{self.folder} has checkpoints, but none that can be resumed")
         else:
             say(f"{self.folder} has no checkpoint yet: starting at the first step")
         self.step = state["step"]
@@ -196,8 +186,8 @@ class Run:
                 say(f"{path} has {found} bytes, {size} after step {self.step}: cut, or begun anew")
 
     def on_signal(self, number, frame):
-        evaluating = not self.unsaved and not self.stopping  # of the process that saves
-        if self.stop_signal or evaluating:  # the second time, or nothing to lose
+        nothing_to_lose = not (self.unsaved or self.stopping)  # in an evaluation
+        if self.stop_signal or nothing_to_lose:
             say("stopped, --resume goes on")
             raise SystemExit(128 + number)
         self.stop_signal = number
@@ -205,8 +195,8 @@ class Run:
 
     def steps(self, title: str) -> Iterator[int]:
         """The steps that are left, with a bar; ends after the step in which a signal came."""
-        first, total = self.step, self.args.steps
-        self.bar = tqdm(range(first, total), initial=first, total=total, desc=title)
+        left = range(self.step, self.args.steps)
+        self.bar = tqdm(left, title, total=left.stop, initial=left.start)
         for step in self.bar:
             self.unsaved, self.seconds, self.lap_start = True, {}, time.perf_counter()
             yield step
@@ -225,12 +215,10 @@ class Run:
         if torch.isfinite(value):
             return
         rank, step = processes()[0], self.step + 1
-        path = self.folder / f"bad_batch_step_{step:06d}{f'_process_{rank}' if rank else ''}.json"
-        rows = [plain(record(a, step)) for a in batch]
-        write_atomically(path, json.dumps(rows, ensure_ascii=False))
+        path = self.folder / f"bad_batch_step_{step:06d}_process_{rank}.json"
+        write_atomically(path, json.dumps([plain(record(a, step)) for a in batch]))
         raise ValueError(f"the {what} of step {step} is not finite; this update was not made, the "
-                         f"batch is in {path}, and {self.newest_checkpoint() or 'no checkpoint'} "
-                         "is the newest: try a lower --lr")
+                         f"batch is in {path}: try a lower --lr")
 
     def log(self, name: str, row: dict):
         if self.is_main:
@@ -246,18 +234,19 @@ class Run:
         for answer in answers:
             self.log("completions.jsonl", record(answer, self.step))
         self.look_out(answers, metrics["unfinished"])
-        rate = metrics["tokens"] / sum(self.seconds.values())
-        self.bar.set_postfix(reward=f"{metrics['reward']:.3f}", acc=f"{metrics['accuracy']:.2f}",
-                             len=f"{metrics['length_mean']:.0f}", tok_s=f"{rate:.0f}")
+        self.bar.set_postfix_str("reward {reward:.3f}, accuracy {accuracy:.2f}, length "
+                                 "{length_mean:.0f}".format_map(metrics))
 
     def look_out(self, answers: list[Answer], unfinished: float):
         """Say after five steps what would make the others useless."""
         self.early.append((unfinished, any(a.advantage.any() for a in answers)))
+        if len(self.early) != 5:
+            return
         unfinished, signals = map(sum, zip(*self.early))
-        if len(self.early) == 5 and unfinished > 0.9 * 5:
+        if unfinished > 0.9 * 5:
             say("more than 90 % of the answers of five steps are unfinished: is --max-new-tokens "
                 "too low, or the stop token another one? completions.jsonl has them")
-        if len(self.early) == 5 and not signals:
+        if not signals:
             say("no group had any signal in five steps: is --data too easy, too hard, or not what "
                 "the verifier reads? completions.jsonl has answers, references and verdicts")
 
@@ -268,32 +257,27 @@ class Run:
 
     def checkpoint_due(self) -> bool:
         """Whether to save now. A collective: a signal that one process got by now stops all."""
-        self.stopping = self.stop_signal
+        number = torch.tensor(self.stop_signal)
         if processes()[1] > 1:
-            number = torch.tensor(self.stop_signal or 0)
             dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.stopping = number.item()
-        due = self.evaluation_due() or self.step == self.args.steps
-        return bool(self.stopping) or due or self.step % self.args.save_every == 0
+        self.stopping = number.item()
+        ends = self.stopping or self.step == self.args.steps
+        return bool(ends) or self.evaluation_due() or self.step % self.args.save_every == 0
 
     def finish(self, script: str) -> dict[str, dict]:
-        """Say where everything is. Returns the first and the last evaluation, by name.
+        """Say where everything is, and return the first and the last evaluation, by name.
         After a signal: say how to go on, and exit with the status that shells expect."""
-        newest = self.newest_checkpoint()
+        saved = f"step_{self.step:06d}"
         if self.stopping:
-            say(f"stopped and saved {newest.name}; go on with: python {script} --name "
-                f"{self.args.name} --resume")
+            say(f"stopped and saved {saved}; go on with: python {script} --name {self.args.name} "
+                "--resume")
             sys.exit(128 + self.stopping)
         if not self.is_main:
             return {}
-        print(f"{self.folder}: {newest.name}, metrics.jsonl, completions.jsonl")
+        print(f"{self.folder}: {saved}, metrics.jsonl, completions.jsonl")
         lines = (self.folder / "evals.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines[:1] + lines[-1:]]
         return {f"step {row['step']}" if row["step"] else "base": row for row in rows}
-
-    def newest_checkpoint(self) -> Path | None:
-        found = sorted(self.folder.glob("step_*[0-9]/optimizer.safetensors"))
-        return found[-1].parent if found else None
 
     def save(self, tokenizer, policy, optimizer, critic=None, critic_optimizer=None):
         """Write step_XXXXXX/: a model folder, and what --resume needs; only the newest keeps that.
@@ -315,14 +299,14 @@ class Run:
         if not self.is_main:
             return
         sizes = {name: (self.folder / name).stat().st_size for name in LOGS}
-        state = {"step": self.step, "log_bytes": sizes}
-        write_atomically(scratch / "state.json", json.dumps(state))
+        write_atomically(scratch / "state.json",
+                         json.dumps({"step": self.step, "log_bytes": sizes}))
         if hasattr(os, "sync"):  # the checkpoint and the logs are on the disk before it has a name
             os.sync()
         shutil.rmtree(place, ignore_errors=True)  # one without optimizer state
         scratch.rename(place)
-        for older in self.folder.glob("step_*/*.safetensors"):
-            if older.parent != place and older.stem in ("optimizer", "critic", "critic_optimizer"):
+        for older in self.folder.glob("step_*/[!m]*.safetensors"):  # all but the model's
+            if older.parent != place:
                 older.unlink()
         self.unsaved = False
 
@@ -348,8 +332,7 @@ def warn_if_large(args, parameters: int, models: int):
     # float32: weights, gradients and two moments of each; the frozen start where a KL is asked for
     memory = parameters * 4 * (4 * models + (args.kl_coef > 0)) / 1e9
     say(f"{parameters / 1e9:.2f}B parameters on a CPU: about {memory:.0f} GB of memory besides "
-        f"activations, and for a step of up to {tokens:,} tokens about {minutes:,.0f} minutes at "
-        "200 GFLOP/s; --prompts-per-step, --samples and --max-new-tokens make it shorter")
+        f"activations; at 200 GFLOP/s a step of {tokens:,} tokens takes {minutes:,.0f} minutes")
 
 
 # ---- checkpoints: whole tensors under their names, for any number of processes ----
@@ -357,12 +340,12 @@ def warn_if_large(args, parameters: int, models: int):
 
 def save_tensors(tensors: dict[str, Tensor], path: Path):
     """Write {name: tensor}; rank 0 gathers them. (torch.distributed.checkpoint writes a pickle.)"""
-    whole = {}
+    whole, rank = {}, processes()[0]
     for name, tensor in tensors.items():
         tensor = all_gather(tensor)
-        if processes()[0] == 0:
+        if rank == 0:
             whole[name] = tensor.cpu().contiguous()
-    if processes()[0] == 0:
+    if rank == 0:
         save_file(whole, path)
 
 
@@ -370,7 +353,7 @@ def adam_state(model, optimizer) -> dict[str, Tensor]:
     """AdamW's state by name, e.g. norm.exp_avg; empty before the first step."""
     tensors = {}
     for name, p in model.named_parameters():
-        for key, value in optimizer.state.get(p, {}).items():
+        for key, value in optimizer.state[p].items():
             tensors[f"{name}.{key}"] = value
     return tensors
 
@@ -387,9 +370,9 @@ def load_optimizer(path: Path, model, optimizer):
     for name in open_tensors(path).keys():
         parameter, key = name.rsplit(".", 1)
         p = model.get_parameter(parameter)
-        step = torch.zeros((), device=p.device)
-        optimizer.state[p][key] = torch.zeros_like(p) if key.startswith("exp_avg") else step
-        load_into(path, name, optimizer.state[p][key])
+        like = torch.zeros((), device=p.device) if key == "step" else p
+        state = optimizer.state[p][key] = torch.zeros_like(like)
+        load_into(path, name, state)
 
 
 def load_into(path: Path, name: str, place: Tensor):

@@ -8,7 +8,6 @@ import functools
 import math
 import os
 import runpy
-import sys
 import traceback
 from pathlib import Path
 
@@ -24,14 +23,8 @@ from runtime import parallel, runs
 from sar import GROUP_REWARDS, REWARDS
 from verify import STATUSES, VERIFIERS, Verdict, judge
 
-OLD_FLAGS = {
-    "--n": "is now called --samples",
-    "--run": "is now called --name",
-    "--alone": "is gone: ppl(a) is taken after the prompt's frame with an empty question",
-}
 FREE_ON_RESUME = {"steps", "save_every", "slots", "resume", "name", "device", "micro_tokens",
                   "recompute", "offload"}
-CLUSTER = "Several GPUs: torchrun --standalone --nproc-per-node 8 SCRIPT ... (docs/cluster.md)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,14 +36,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise ValueError(message)
-
-    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
-        argv = sys.argv[1:] if argv is None else argv
-        for word in argv:
-            flag = word.partition("=")[0]
-            if flag in OLD_FLAGS:
-                raise ValueError(f"{flag} {OLD_FLAGS[flag]}")
-        return super().parse_args(argv)
 
     def flag(self, name: str, kind, text: str, **options):
         """Declare a flag whose default the script's dictionaries hold."""
@@ -83,36 +68,36 @@ finite = checked(float, math.isfinite, "a number")
 share = checked(float, lambda x: 0 <= x <= 1, "between 0 and 1")
 
 
+def absolute(name: str, is_there) -> str:
+    """What is there as an absolute path, true in another working directory too; else the name."""
+    path = Path(os.path.expanduser(name))  # ~nobody stays as it is
+    return str(path.resolve()) if is_there(path) else name
+
+
 def model_name(text: str) -> str:
-    """A folder as an absolute path, which stays true in another working directory; or a name."""
-    folder = Path(os.path.expanduser(text))  # ~nobody stays as it is
-    return str(folder.resolve()) if text != "tiny" and folder.is_dir() else text
+    """A folder or a name."""
+    return text if text == "tiny" else absolute(text, Path.is_dir)
 
 
 def data_names(text: str) -> str:
-    """Names and files, separated by commas, with the files as absolute paths."""
-    names = []
-    for name in text.split(","):
-        path = Path(os.path.expanduser(name))
-        names.append(str(path.resolve()) if path.is_file() else name)
-    return ",".join(names)
+    """Names and files, separated by commas."""
+    return ",".join(absolute(name, Path.is_file) for name in text.split(","))
 
 
 def verifier_name(text: str) -> str:
-    """One of VERIFIERS, or a Python file as an absolute path."""
-    path = Path(text).expanduser()
-    if text not in VERIFIERS and not (path.suffix == ".py" and path.is_file()):
-        raise argparse.ArgumentTypeError(f"must be {', '.join(VERIFIERS)} or a file my_task.py, "
-                                         f"got {text}")
-    return text if text in VERIFIERS else str(path.resolve())
+    """One of VERIFIERS, or a Python file."""
+    if text in VERIFIERS:
+        return text
+    path = absolute(text, Path.is_file)
+    if not path.endswith(".py") or not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f"must be {' or '.join(VERIFIERS)} or a file my_task.py")
+    return path
 
 
 def judge_of(verifier: str):
-    """The function (response, reference) -> Verdict: verify.py's rules, or a file's own judge.
-
-    That one may return a number, the reward. An exception in it has the status "error"; the first
-    one is shown. Raises ValueError if the file has no judge.
-    """
+    """The function (response, reference) -> Verdict: verify.py's rules, or a file's own judge. That
+    may return a number, the reward. Its exceptions have the status "error"; the first is shown.
+    Raises ValueError if the file has no judge."""
     if verifier in VERIFIERS:
         return functools.partial(judge, verifier=verifier)
     try:
@@ -143,11 +128,10 @@ def judge_of(verifier: str):
 def prompt_flags(parser: argparse.ArgumentParser):
     """What is in a prompt beside the question."""
     add = parser.add_argument
-    add("--system", help="system message, which ppl(a) has too; where a model takes none it opens "
-        f"the question; '': the model's own (default: {SYSTEM} For tiny none)")
+    add("--system", help="system message, also of ppl(a); '': the model's own (default: "
+        f"{SYSTEM} For tiny none)")
     add("--instruction", help="text behind the question, which ppl(a) is without (default: none)")
-    add("--thinking", action="store_true", default=None, help="let a model think first that asks "
-        "whether it should, as Qwen3 does")
+    add("--thinking", action="store_true", default=None, help="let a model like Qwen3 think first")
 
 
 def open_model(name: str, args: argparse.Namespace) -> tuple[Path, Tokenizer]:
@@ -166,32 +150,26 @@ def open_model(name: str, args: argparse.Namespace) -> tuple[Path, Tokenizer]:
 def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
     """The flags that both training scripts have, in the same words."""
     parser = Parser(description)
-    parser.epilog, parser.paper, parser.tiny = CLUSTER, paper, tiny
+    parser.epilog = "On 8 GPUs: torchrun --standalone --nproc-per-node 8 SCRIPT (docs/cluster.md)"
+    parser.paper, parser.tiny = paper, tiny
     add, flag = parser.add_argument, parser.flag
-    add("--model", type=model_name, help="a model folder, or a name: tiny (embedded), "
-        f"{', '.join(list(MODELS)[1:])}, or owner/name on the hub (default: tiny)")
-    flag("--data", data_names, "problems: names, or JSONL files with question and answer, "
-         "separated by commas; one that stands twice weighs twice")
+    add("--model", type=model_name, help="a folder, a name (tiny, "
+        f"{', '.join(list(MODELS)[1:])}), or owner/name on the hub (default: tiny)")
+    flag("--data", data_names, "problems: names and JSONL files, separated by commas")
     add("--question-field", help="of the files (default: question or problem); info.text is nested")
     add("--answer-field", help="of the files: text, a number, a worked solution (default: answer)")
     prompt_flags(parser)
     flag("--max-prompt-tokens", positive_int, "longer prompts are skipped and counted; tokens")
     flag("--max-new-tokens", positive_int, "longest answer, stop token included; tokens")
-    flag("--reward", str, "sar: R_VR + alpha R_SA; vr: R_VR alone, the plain algorithm; the others "
-         "are formulas of sar.total_reward (docs/usage.md)", choices=REWARDS)
-    add("--alpha", type=finite, help="weight of what is added to R_VR (default: the reward's own, "
-        "sar.REWARDS; for sar 0.2, which the paper sweeps from 0.1 to 0.3)")
-    add("--alpha-end", type=finite, help="weight at the last step, reached from --alpha in a "
-        "straight line (default: --alpha throughout, cde: 0)")
-    flag("--score-with", str, "whose perplexities are rewarded: the policy's, or those of the "
-         "frozen start, which stands still", choices=("policy", "frozen"))
-    flag("--verifier", verifier_name, "what counts as right: strict, the rules of verify.py; "
-         "last-number, the paper's; or my_task.py with your judge(response, reference)")
+    flag("--reward", str, "the formulas are in docs/usage.md; vr: plain R_VR", choices=REWARDS)
+    add("--alpha", type=finite, help="weight of what is added to R_VR (default: sar.REWARDS)")
+    add("--alpha-end", type=finite, help="the same at the last step (default: --alpha; cde: 0)")
+    flag("--score-with", str, "whose perplexities are rewarded", choices=("policy", "frozen"))
+    flag("--verifier", verifier_name, "strict; last-number, the paper's rule; or a my_task.py")
     flag("--steps", positive_int, "batches of sampled answers to train on")
     flag("--prompts-per-step", positive_int, "questions in such a batch")
     flag("--samples", positive_int, "answers sampled for each question")
-    add("--minibatch", type=positive_int, help="questions in an optimizer step (default: half of "
-        "--prompts-per-step)")
+    add("--minibatch", type=positive_int, help="questions in an optimizer step (default: half)")
     flag("--epochs", positive_int, "passes over a batch")
     flag("--lr", positive_float, "AdamW's learning rate, constant")
     flag("--kl-coef", not_negative, "weight of the KL to the frozen start")
@@ -200,20 +178,15 @@ def training_parser(description: str, paper: dict, tiny: dict) -> Parser:
     add("--name", help="the run's folder is runs/NAME (default: made of model, reward and time)")
     add("--resume", action="store_true", help="go on from the newest checkpoint of --name")
     flag("--save-every", positive_int, "steps between checkpoints; there is one at the end")
-    flag("--eval-every", natural, "steps between greedy evaluations on held-out problems, with one "
-         "before the first step and one after the last; 0: never")
+    flag("--eval-every", natural, "steps between greedy evaluations on held-out problems; 0: never")
     add("--micro-tokens", type=positive_int, help="tokens in one forward and backward, padding "
-        "included; bounds memory and changes nothing else (default: 8192; large models on a CPU: "
-        "512)")
-    add("--recompute", action=argparse.BooleanOptionalAction, help="keep one activation a layer, "
-        "compute the others again in the backward: less memory, a third more work in the update")
-    add("--offload", action=argparse.BooleanOptionalAction, help="float32 weights, AdamW's state "
-        "and the frozen start in host memory; the GPU holds bfloat16 weights and gradients")
-    add("--slots", type=positive_int, help="answers that decode at once (default: what the free "
-        "memory holds)")
+        "included; changes memory alone (default: 8192; large models on a CPU: 512)")
+    switch = argparse.BooleanOptionalAction
+    add("--recompute", action=switch, help="activations in the backward: less memory, slower")
+    add("--offload", action=switch, help="float32 weights, AdamW and the start in host memory")
+    add("--slots", type=positive_int, help="answers decoded at once (default: what memory holds)")
     add("--device", help="(default: a GPU if there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the matmuls; weights and optimizer "
-        "are float32 (default: bfloat16 on a GPU from Ampere on, else float32)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of matmuls (bfloat16 from Ampere on)")
     return parser
 
 
@@ -237,19 +210,17 @@ def parse(parser: Parser, algorithm: str, argv: list[str] | None = None) -> argp
         args.micro_tokens = 512 if args.device == "cpu" and args.model != "tiny" else 8192
     args.dtype = args.dtype or ("bfloat16" if fast_bfloat16(args.device) else "float32")
     if args.offload and (args.dtype == "float32" or parallel.processes()[1] > 1):
-        raise ValueError("--offload is for one process with --dtype bfloat16, whose weights it "
-                         "keeps in float32 on the host; torchrun shards these: --no-offload")
+        raise ValueError("--offload is for one process with --dtype bfloat16: use --no-offload")
     prompts = args.prompts_per_step
     args.minibatch = args.minibatch or (prompts if prompts % 2 else prompts // 2)
     if prompts % args.minibatch:
         raise ValueError(f"--prompts-per-step {prompts} is no multiple of --minibatch "
-                         f"{args.minibatch}: both count questions")
+                         f"{args.minibatch}")
     if args.reward in GROUP_REWARDS and args.samples < 2:
         raise ValueError(f"--reward {args.reward} compares the answers to one question: it needs "
                          f"--samples 2 or more, got {args.samples}")
     if args.alpha < 0:
-        runs.say(f"--alpha {args.alpha} is negative: answers are rewarded for what their question "
-                 "does not explain")
+        runs.say(f"--alpha {args.alpha} is negative: it rewards what the question does not explain")
     return args
 
 
@@ -265,13 +236,11 @@ def take_saved_settings(args: argparse.Namespace, algorithm: str):
         args.resume = False
         return
     config = read_json(path)
-    if config.get("algorithm") != algorithm:
-        raise ValueError(f"{args.name} is a run of train_sa_{config.get('algorithm')}.py: resume "
-                         "it with that script")
-    saved, free = config.get("settings"), set(FREE_ON_RESUME)
+    before, saved, free = config.get("algorithm"), config.get("settings"), set(FREE_ON_RESUME)
+    if before != algorithm:
+        raise ValueError(f"{args.name} is a run of train_sa_{before}.py: resume it with that")
     if not isinstance(saved, dict) or vars(args).keys() != saved.keys():
-        raise ValueError(f"{path} was written by another version of this code, with other flags: "
-                         "resume the run with that version")
+        raise ValueError(f"{path} has the flags of another version: resume the run with that")
     if saved["data"] == "tiny" or (saved["eval_every"] > 0) == ((args.eval_every or 0) > 0):
         free.add("eval_every")  # elsewhere it decides which problems are held out
     if saved["alpha_end"] is not None:
@@ -284,17 +253,18 @@ def take_saved_settings(args: argparse.Namespace, algorithm: str):
         elif now != was and key not in free:
             changed.append(f"--{key.replace('_', '-')} was {was}, now {now}")
     if changed:
-        raise ValueError(f"--resume would change the run {args.name}: {'; '.join(changed)}; leave "
-                         "the flag out, or start a run of another --name")
+        raise ValueError(f"--resume would change {args.name}: {'; '.join(changed)}; leave the flag "
+                         "out, or start a run of another --name")
 
 
 def choose_device(device: str | None) -> str:
     """The device asked for, else a GPU if there is one; under torchrun each process its own."""
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    device = device or ("cuda" if gpus else "cpu")
-    if device not in ("cpu", *gpus, "cuda" if gpus else "cpu"):
-        raise ValueError(f"--device {device} is not here: there is {', '.join(['cpu', *gpus])}")
-    if device.startswith("cuda") and parallel.processes()[1] > 1:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', parallel.processes()[0] % len(gpus))}"
+    gpus = torch.cuda.device_count()
+    here = ["cuda", *(f"cuda:{i}" for i in range(gpus)), "cpu"] if gpus else ["cpu"]
+    device, (rank, world) = device or here[0], parallel.processes()
+    if device not in here:
+        raise ValueError(f"--device {device} is not here: there is {', '.join(here)}")
+    if device != "cpu" and world > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', rank % gpus)}"
         torch.cuda.set_device(device)
     return device
