@@ -18,14 +18,14 @@ BUDGETS = {  # lines at most: of a file, or of all files of a folder together
     "rollout.py": 378,
     "model.py": 630,
     "verify.py": 1250,
-    "evaluate.py": 256,
+    "evaluate.py": 252,
     "kernels.py": 115,
-    "runtime": 1088,  # the plan was 650: answers, batches and metrics came here from the scripts
-    "data": 1219,
+    "runtime": 1090,  # the plan was 650: answers, batches and metrics came here from the scripts
+    "data": 1150,
 }
 NOT_CORE = ("data/make_tiny.py", "data/tiny_world.py")
 MAY_BE_DENSE = ("verify.py",)
-MAX_TOKENS = 46_800
+MAX_TOKENS = 46_700
 MAX_COLUMNS = 100
 LAYOUT = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER"}
 

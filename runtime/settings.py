@@ -23,6 +23,8 @@ from runtime import parallel, runs
 from sar import GROUP_REWARDS, REWARDS
 from verify import STATUSES, VERIFIERS, Verdict, judge
 
+OLD_FLAGS = {"--n": "is now called --samples", "--run": "is now called --name",
+             "--alone": "is gone: ppl(a) is taken after the prompt's frame without the question"}
 FREE_ON_RESUME = {"steps", "save_every", "slots", "resume", "name", "device", "micro_tokens",
                   "recompute", "offload"}
 
@@ -35,7 +37,8 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str):
-        raise ValueError(message)
+        flag = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        raise ValueError(f"{flag} {OLD_FLAGS[flag]}" if flag in OLD_FLAGS else message)
 
     def flag(self, name: str, kind, text: str, **options):
         """Declare a flag whose default the script's dictionaries hold."""
