@@ -987,7 +987,7 @@ def _power(z, n):
         if z == 0 < n:
             return z
         if z < 0 and n.denominator % 2:
-            return _power(-z, n) * (-1) ** n.numerator
+            return _power(-z, n) * (-1 if n.numerator % 2 else 1)
     _spend(50)
     z = _ball(z)
     if n == Fraction(1, 2) and not z.im and z.size > z.err:         # by far the most frequent

@@ -102,7 +102,7 @@ class Tokenizer:
                           "in Qwen, SmolLM2 and Llama 3, or in Llama 2, Phi-3.5 and Gemma 3)")
 
     def _read_bpe(self, spec):
-        model, vocab, added = spec["model"], spec["model"]["vocab"], spec["added_tokens"]
+        model, vocab, added = spec["model"], spec["model"].get("vocab"), spec.get("added_tokens")
         options = "dropout", "continuing_subword_prefix", "end_of_word_suffix"
         asked = [model.get("type", "BPE"), *filter(model.get, options)]
         if asked != ["BPE"]:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, slow
 
 from bench import gpu, memory, paper, pareto, ranking, seeds
 from bench.ranking import read_gsm8k, variants
@@ -82,6 +82,7 @@ def folder(tmp_path_factory):
     return str(place)
 
 
+@slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_by_role_is_the_formulas(dtype, folder):
     """The most that live tensors hold in an update on a CPU, plain and with the flags."""

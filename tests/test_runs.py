@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, lines, metrics
+from helpers import ROOT, lines, metrics, slow
 
 import train_sa_grpo
 from data import files
@@ -195,6 +195,7 @@ evaluate.main("--limit 2 --max-new-tokens 4 --name e".split())
 """
 
 
+@slow
 def test_without_what_windows_lacks(tmp_path):
     """No module fails to import; a run, its resumption and an evaluation end."""
     done = subprocess.run([sys.executable, "-c", HIDE, *SMALL], cwd=ROOT, capture_output=True,

@@ -316,6 +316,7 @@ def test_gfpo_trains_the_shortest_and_curiosity_decays(runs):
         assert a["reward"] == pytest.approx(a["r_vr"] + weight * math.log(a["ppl_query"]))
 
 
+@slow
 def test_an_alpha_schedule_is_resumed_where_it_was(runs, monkeypatch):
     flags = ["--alpha", 0, "--alpha-end", 0.6]
     train("--name", "whole", "--steps", 4, *flags)
@@ -514,6 +515,7 @@ def test_unwritable_and_full_disks(runs, capsys, tmp_path, monkeypatch):
     assert "a checkpoint takes" in fails(capsys)
 
 
+@slow
 def test_masters_on_the_host_are_masters_on_the_device(runs):
     """--offload and --recompute, stopped and resumed, bit for bit; what is saved is not rounded."""
     train("--name", "device", "--dtype", "bfloat16", "--steps", 4)

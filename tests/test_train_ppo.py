@@ -205,6 +205,7 @@ def test_killed_and_resumed_equals_undisturbed(runs):
     assert_same_run(runs / "killed", runs / "undisturbed", "step_000004")
 
 
+@slow
 def test_masters_on_the_host_are_masters_on_the_device(runs):
     """Policy and critic; the start on the host is scored; stopped and resumed."""
     flags = ["--dtype", "bfloat16", "--kl-coef", 0.01, "--critic-warmup", 1]
