@@ -7,6 +7,7 @@ import argparse
 import functools
 import math
 import os
+import re
 import runpy
 import traceback
 from pathlib import Path
@@ -37,7 +38,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str):
-        flag = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        flag = re.split("[ =]", message.removeprefix("unrecognized arguments: "))[0]
         raise ValueError(f"{flag} {OLD_FLAGS[flag]}" if flag in OLD_FLAGS else message)
 
     def flag(self, name: str, kind, text: str, **options):
