@@ -193,7 +193,7 @@ def main() -> None:
         runs = []
         for seed in range(seeds):  # all rewards of a seed before the next seed
             for row, own in STUDY.items():
-                runs.append(("grpo", names[row][seed], [*own, *size, "--seed", str(seed), *flags]))
+                runs.append(("grpo", names[row][seed], [*size, "--seed", str(seed), *flags, *own]))
         run_all(runs, args.jobs)
     base, ends = collect(names)
     args.out.mkdir(parents=True, exist_ok=True)
