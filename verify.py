@@ -328,7 +328,6 @@ def _need(holds, error=_Unreadable):
 _work_left = ContextVar("_work_left", default=MAX_WORK)  # of this verdict, in steps
 
 def _spend(steps):
-    """Count the work of a verdict."""
     _work_left.set(_work_left.get() - steps)
     _need(_work_left.get() >= 0, _Undefined)
 
@@ -455,13 +454,15 @@ def _tokens(text, grouping):
         text = text[box.end() + 1:-1]
     if "\\" in text:
         text = _DEGREE.sub("°", re.sub(_STYLE, " ", text))
-        for _ in range(3):  # inside one another
+        nested = 3 if "\\over" in text or _TEXTS.search(text) else 0  # inside one another
+        for _ in range(nested):
             text = _TEXTS.sub(_marked, _OVER.sub(r"\\frac{\1}{\2}", text))
     if "$" in text:  # pairs are math delimiters, others currency
         after = re.findall(r"(?<!\\)\$(.?)", text, re.S)
         if len(after) % 2 == 0 and not all(character.isdigit() for character in after):
             text = re.sub(r"(\\\$)|\$", r"\1", text)
-    text = _SPEED.sub(r' "\1', _PER.sub(' "per ', _ORDINAL.sub(' "th', text)))
+    if not {" ", "^", "/"}.isdisjoint(text):
+        text = _SPEED.sub(r' "\1', _PER.sub(' "per ', _ORDINAL.sub(' "th', text)))
     text = re.sub(r"(?<!\.)\.$", "", text)
     tokens = []
     for match in _TOKEN[grouping].finditer(text):
@@ -544,8 +545,7 @@ class _Parser:
 
     def __init__(self, tokens):
         self.tokens, self.at, self.token = tokens + ["", "", ""], 0, tokens[0]
-        self.depth = self.bars = self.angle = 0  # atoms inside atoms, open |, arguments of sin, ...
-        self.units = []  # seen in this item
+        self.units, self.depth, self.bars, self.angle = [], 0, 0, 0  # bars: open |; angle: in sin
 
     def next(self):
         token = self.token
@@ -555,8 +555,7 @@ class _Parser:
         return token
 
     def taken(self, token, needed=False):
-        _need(self.token == token or not needed)
-        return self.token == token and bool(self.next())
+        return bool(self.next()) if self.token == token else needed and _need(False)
 
     def answer(self):
         items = self.items(_JOINERS)
@@ -582,7 +581,6 @@ class _Parser:
                 self.next()
 
     def relation(self):
-        """a = b, a < b <= c, x in S."""
         terms, signs = [self.name_before_equals() or self.expression()], []
         while self.token in _RELATIONS or self.token == '"in' and self.tokens[self.at + 1] in "([":
             signs.append(self.next().lstrip('"'))
@@ -643,6 +641,8 @@ class _Parser:
         """An atom and what follows it: ! ° ^ million."""
         node = self.atom()
         for _ in range(6):
+            if self.token not in ("^", "!", "°") and self.token[:1] != '"':
+                break
             scale = _SCALES.get(self.token[1:].lower().rstrip("s")) if self.token[:1] == '"' else 0
             if self.taken("^"):
                 node = ("^", node, self.argument())
@@ -820,10 +820,10 @@ def _number(token):
         fixed, block = token[:token.index("\\")], token[token.index("{") + 1:-1]
         places = len(fixed.partition(".")[2])
         return Fraction(fixed + "0") + Fraction(int(block), (10 ** len(block) - 1) * 10 ** places)
-    token = re.sub(r"[^0-9.eE+-]", "", token)
+    token = token if token.isdigit() else re.sub(r"[^0-9.eE+-]", "", token)
     exponent = token.lower().partition("e")[2]
     _need(not exponent or (len(exponent) < 6 and abs(int(exponent)) <= MAX_EXPONENT))
-    return Fraction(token)
+    return Fraction(int(token) if token.isdigit() else token)
 
 def _negative(node):
     return -node if isinstance(node, Fraction) else ("-", node)
