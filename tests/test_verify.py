@@ -368,6 +368,15 @@ REFERENCES = r"""0|1|-1|5|540|100|\frac12|\frac37|0.25|3.14|\sqrt2|3\sqrt{13}|\p
 FORMS, KINDS = ([part.strip() for part in text.split("|")] for text in (IN_WHAT, REFERENCES))
 
 
+def test_a_divisor_that_rounds_to_zero_is_zero():
+    """No product with zero, no sum and no power hides it."""
+    for hidden in (r"\sqrt2\sqrt3-\sqrt6", r"e^{i\pi}+1", r"\sin\pi", r"\ln6-\ln2-\ln3"):
+        assert is_equivalent(hidden, "0")
+        for form in (r"0\cdot\frac{1}{%s}", r"\frac{0}{%s}", r"0\cdot\ln(%s)", r"0\cdot(%s)^{-1}"):
+            assert not is_equivalent(form % hidden, "0"), form % hidden
+            assert not is_equivalent("5+" + form % hidden, "5"), form % hidden
+
+
 def test_nothing_undefined_equals_anything(rng):
     """Every undefined form, bare and inside other things, against every kind of reference."""
     assert len(UNDEFINED) >= 60 and len(KINDS) >= 40
